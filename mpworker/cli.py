@@ -1,0 +1,76 @@
+"""The ``mpworker`` command. Owns options and exit codes; the work is done elsewhere and imported when it is asked for.
+
+Exit codes: 0 done, 1 failed, 2 wrong options, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from mpworker import __version__
+from mpworker.errors import MPWorkerError
+
+
+class WrongOption(click.ClickException):
+    """One line, without the usage text."""
+
+    exit_code = 2
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(__version__, prog_name="mpworker")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """A Celery worker that loses no task and no result. Start a node with: celery -A mpworker worker"""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Any folder; default: Python's standard library."
+)
+@click.option("--workers", type=int, default=None, help="Worker processes; default: one for each processor.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where the run's folder is made.")
+@click.pass_context
+def demo(context: click.Context, folder: Path | None, workers: int | None, data_dir: Path | None) -> None:
+    """Start a server and a worker, analyse every .py file of a folder, check the results, stop."""
+    if workers is not None and workers < 1:
+        raise WrongOption(f"--workers must be 1 or more, not {workers}")
+    from mpworker.demo import Demo, python_files
+
+    try:
+        python_files(folder)
+    except MPWorkerError as exc:
+        raise WrongOption(str(exc)) from None
+    try:
+        context.exit(Demo(folder, workers or _processors(), data_dir).run())
+    except (MPWorkerError, OSError) as exc:
+        raise click.ClickException(str(exc)) from None
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:  # the reader of our output has left, as in `mpworker demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Every error mpworker raises, in one tree. Holds no logic beyond the wording of the messages.
+
+MPWorkerError
+├── ConfigurationError          a setting is wrong; the message names it and says what to do
+├── BootError                   a child process could not get ready (also a ``BrokenExecutor``)
+├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError``)
+├── RemoteError                 an error from a child that cannot be rebuilt here; tells its type and text
+├── ProtocolError               a peer sent bytes that are no frame
+├── StoreError                  a result could not be written or read
+├── SoftTimeLimitExceeded       raised *inside* a task that may still clean up
+├── TimeLimitExceeded           the task was killed at its limit (also a ``TimeoutError``)
+├── TaskCancelled               the task was cancelled (also a ``CancelledError``)
+└── WorkerLost                  the process that ran the task died
+
+``RemoteTraceback`` stands outside: it is only ever the ``__cause__`` of an error from a child.
+"""
+
+from __future__ import annotations
+
+import signal as _signal
+from concurrent.futures import BrokenExecutor, CancelledError
+
+
+class MPWorkerError(Exception):
+    """Base of every error that mpworker itself raises."""
+
+
+class ConfigurationError(MPWorkerError, ValueError):
+    """A setting or an argument is wrong. The message names it and says what to do."""
+
+
+class BootError(MPWorkerError, BrokenExecutor):
+    """A child process could not get ready: its preload or its initializer failed, or it took too long."""
+
+
+class PayloadError(MPWorkerError, TypeError):
+    """A function, an argument or a result cannot be pickled, or not unpickled at the other end."""
+
+
+class RemoteError(MPWorkerError):
+    """Stands for an exception of a child process that cannot be rebuilt in this one.
+
+    Args:
+        type_name: the exception's class, as ``module.qualname``.
+        text: its ``str()``.
+    """
+
+    def __init__(self, type_name: str, text: str = "") -> None:
+        super().__init__(type_name, text)
+        self.type_name, self.text = type_name, text
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class ProtocolError(MPWorkerError):
+    """Bytes on a pipe that are no frame. The message names the peer."""
+
+
+class StoreError(MPWorkerError, OSError):
+    """The journal could not be written or read."""
+
+
+class SoftTimeLimitExceeded(MPWorkerError):
+    """Raised inside a running task when its soft limit has passed; the hard limit still follows.
+
+    Args:
+        limit: the soft limit in seconds.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the soft time limit of {self.limit:g} s has passed" if self.limit else "the soft time limit has passed"
+
+
+class TimeLimitExceeded(MPWorkerError, TimeoutError):
+    """The task ran longer than its hard limit and its process was killed.
+
+    Args:
+        limit: the hard limit in seconds.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"killed at its time limit of {self.limit:g} s" if self.limit is not None else "killed at its time limit"
+
+
+class TaskCancelled(MPWorkerError, CancelledError):
+    """The task was cancelled, before it started or while it ran (then its process was ended)."""
+
+
+class WorkerLost(MPWorkerError):
+    """The worker process that ran the task died.
+
+    Args:
+        pid: of the process that died, ``None`` where it is not known.
+        exitcode: its exit code, ``None`` when a signal ended it.
+        signal: the number of that signal, else ``None``.
+        max_rss: the most memory it was seen to use, in bytes, ``None`` where it is not known.
+        by_pool: the pool itself sent the signal (so it was not the kernel's OOM killer).
+    """
+
+    def __init__(
+        self,
+        pid: int | None = None,
+        exitcode: int | None = None,
+        signal: int | None = None,
+        max_rss: int | None = None,
+        by_pool: bool = False,
+    ) -> None:
+        super().__init__(pid, exitcode, signal, max_rss, by_pool)
+        self.pid, self.exitcode, self.signal, self.max_rss, self.by_pool = pid, exitcode, signal, max_rss, by_pool
+
+    def __str__(self) -> str:
+        who = f"worker process {self.pid}" if self.pid else "the worker process"
+        if self.signal is not None:
+            how = f"was ended by {_signal_name(self.signal)}"
+        elif self.exitcode is not None:
+            how = f"exited with code {self.exitcode}"
+        else:
+            how = "was lost"
+        rss = f"; it had used up to {self.max_rss / 2**20:.0f} MiB" if self.max_rss else ""
+        oom = "; out of memory?" if self.signal == _signal.SIGKILL and not self.by_pool else ""
+        return f"{who} {how} while it ran the task{rss}{oom}"
+
+
+class RemoteTraceback(Exception):
+    """Carries the text of a traceback from another process, as the ``__cause__`` of the error it belongs to."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n{self.text}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return _signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

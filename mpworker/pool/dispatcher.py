@@ -1,0 +1,469 @@
+"""The one loop between the parent and the workers.
+
+    parent ──frames──▶ ┌────────────────────────────┐ ──frames──▶ worker 0..N-1, callbacks
+           ◀─frames─── │ wait · tell the ledger · act│ ◀─frames───
+                       └────────────────────────────┘ ──signals─▶ their watchdogs, or their process groups
+
+Owns the waiting and the wires. Single-threaded; runs no user code, unpickles nothing, never blocks on a peer: what a peer
+is too slow to take waits in its outbox. When the parent is gone, everything below ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+from mpworker.errors import ProtocolError
+from mpworker.pool import facts as f
+from mpworker.pool import linux
+from mpworker.pool.facts import Job, Lane
+from mpworker.pool.fleet import Crew, Exit, Fleet
+from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, encode, receive
+from mpworker.pool.ledger import Ledger
+from mpworker.pool.title import set_title
+
+#: Bytes that may wait for the parent before no new job is started.
+PARENT_HIGH_WATER = 64 << 20
+#: Seconds between checks that the parent still lives, where the kernel cannot tell us.
+_PARENT_CHECK = 0.5
+#: Reads from one worker before the others get their turn.
+_READS_PER_TURN = 4
+
+
+class Wire:
+    """A non-blocking line with an outbox; registers for writing only while something waits."""
+
+    def __init__(self, selector: selectors.BaseSelector, sock: socket.socket, on_read: Callable[[], None]) -> None:
+        self.sock, self.outbox = sock, Outbox()
+        self._selector, self._on_read = selector, on_read
+        self._registered = selectors.EVENT_READ
+        selector.register(sock, selectors.EVENT_READ, self)
+
+    def put(self, frame: Frame) -> None:
+        self.outbox.put_frame(frame)
+
+    def flush(self) -> None:
+        """Sends what the peer takes; a peer that is gone is noticed when its line is read."""
+        if not self._registered:
+            return
+        try:
+            empty = self.outbox.flush(self.sock.send)
+        except OSError:
+            empty = True
+        wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE
+        if wanted != self._registered:
+            self._selector.modify(self.sock, wanted, self)
+            self._registered = wanted
+
+    def handle(self, mask: int) -> None:
+        if mask & selectors.EVENT_READ:
+            self._on_read()
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+
+    @property
+    def open(self) -> bool:
+        return bool(self._registered)
+
+    def close(self) -> None:
+        if self._registered:
+            self._selector.unregister(self.sock)
+            self._registered = 0
+
+
+class Dispatcher:
+    """One pool's dispatcher.
+
+    Args:
+        parent: line to the parent.
+        boot: the BOOT frame: options for us, and what children need.
+        fleet: may hold a template that was forked from the parent.
+    """
+
+    def __init__(self, parent: socket.socket, boot: Frame, fleet: Fleet) -> None:
+        options = json.loads(boot.extra)
+        self._label: str = options["label"]
+        self._method: str = options["start_method"]
+        self._boot = boot
+        self._fleet = fleet
+        self._ledger = Ledger(
+            options["size"],
+            options["ready_timeout"],
+            options["callback_limit"],
+            options["max_tasks"],
+            options["max_memory"],
+        )
+        self._selector = selectors.DefaultSelector()
+        parent.setblocking(False)
+        self._parent = Wire(self._selector, parent, self._read_parent)
+        self._parent_reader = FrameReader("the parent")
+        self._parent_pid = os.getppid()
+        self._wires: dict[int, tuple[Crew, Wire, Outbox, FrameReader]] = {}
+        self._template_wire: Wire | None = None
+        self._template_reader = FrameReader("the template")
+        self._template_deadline = inf
+        self._touched: set[int] = set()
+        self._child_exited = False
+        self._orphaned = self._finished = self._paused = False
+        self._actions: dict[type, Callable[[Any], None]] = {
+            f.Spawn: self._spawn,
+            f.Assign: self._assign,
+            f.Dismiss: self._dismiss,
+            f.Signal: self._signal,
+            f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
+            f.Tell: lambda action: self._parent.put(action.frame),
+            f.Finish: self._finish,
+        }
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Works until the pool is finished or the parent is gone; ends every child before it returns."""
+        self._watch_signals()
+        self._watch_parent()
+        self._choose_template()
+        while not self._finished and not self._orphaned:
+            for key, mask in self._selector.select(self._patience()):
+                key.data.handle(mask)
+            if self._child_exited:
+                self._child_exited = False
+                self._reap()
+            now = time.monotonic()
+            if now >= self._ledger.next_deadline():
+                self._apply(f.Ticked())
+            if now >= self._template_deadline:
+                self._template_failed("the application was not loaded in time (mpworker_ready_timeout)")
+            self._flush()
+        self._fleet.end_all()
+        if not self._orphaned:
+            self._say_goodbye()
+
+    def _patience(self) -> float | None:
+        deadline = min(self._ledger.next_deadline(), self._template_deadline)
+        patience = max(0.0, deadline - time.monotonic())
+        if self._parent_watched:
+            return None if patience == inf else patience
+        if os.getppid() != self._parent_pid:
+            self._orphaned = True
+        return min(patience, _PARENT_CHECK)
+
+    def _apply(self, event: Any) -> None:
+        for action in self._ledger.apply(event, time.monotonic()):
+            self._actions[type(action)](action)
+
+    def _flush(self) -> None:
+        self._parent.flush()
+        paused = self._parent.outbox.size > PARENT_HIGH_WATER
+        if paused != self._paused:
+            self._paused = paused
+            self._apply(f.Paused(paused))
+        for worker in self._touched:
+            if worker in self._wires:
+                crew, wire, control, _ = self._wires[worker]
+                wire.flush()
+                with contextlib.suppress(OSError):
+                    control.flush(crew.control.send)
+        self._touched.clear()
+
+    def _watch_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._signal_sockets = reader, writer
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        # Not SIG_IGN: that would be inherited through exec. Ending is the parent's word, through the pipe.
+        for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGTSTP"):
+            signal.signal(getattr(signal, name), lambda *_: None)
+        self._selector.register(reader, selectors.EVENT_READ, _Reader(lambda: self._on_signal(reader)))
+
+    def _on_signal(self, reader: socket.socket) -> None:
+        if signal.SIGCHLD in (receive(reader) or b""):
+            self._child_exited = True
+
+    def _watch_parent(self) -> None:
+        """Learns of the parent's death even if a fork of it keeps the line open."""
+        self._parent_watched = False
+        with contextlib.suppress(OSError, AttributeError):
+            descriptor = os.pidfd_open(self._parent_pid)
+            self._selector.register(descriptor, selectors.EVENT_READ, _Reader(self._on_orphaned))
+            self._parent_watched = os.getppid() == self._parent_pid
+
+    def _on_orphaned(self) -> None:
+        self._orphaned = True
+
+    # -- template ------------------------------------------------------------------------------------------------
+
+    def _choose_template(self) -> None:
+        line = self._fleet.template
+        if line is None and self._method != "spawn":
+            line = self._fleet.start_template()
+        if line is None:
+            self._begin()
+            return
+        preload = int(self._method == "auto")
+        with contextlib.suppress(OSError):  # if it died already, its line says so below
+            line.sendall(encode(Kind.BOOT, flag=preload, body=self._boot.body))
+        self._template_reader = FrameReader("the template")
+        self._template_wire = Wire(self._selector, line, self._read_template)
+        self._template_deadline = time.monotonic() + json.loads(self._boot.extra)["ready_timeout"]
+
+    def _read_template(self) -> None:
+        line = self._fleet.template
+        try:
+            data = line.recv(1 << 16, socket.MSG_DONTWAIT) if line else b""
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        for frame in self._template_reader.feed(data):
+            if frame.kind is Kind.UNREADY:
+                self._template_failed(frame.body.decode(errors="replace"))
+            elif frame.kind is Kind.READY:
+                self._template_deadline = inf
+                if frame.a > 1 and self._method == "auto":
+                    self._log(
+                        logging.INFO,
+                        f"start method spawn: after loading the application the template has {frame.a:.0f} threads, "
+                        "and forking would copy their locks",
+                    )
+                    self._drop_template()
+                self._begin()
+        if not data and self._template_wire is not None:
+            loading = self._template_deadline < inf
+            self._drop_template()
+            if loading:
+                self._template_failed("the process that loads the application died while it did so")
+            else:
+                self._log(logging.WARNING, "the template died; a new one is started")
+                if self._method == "fork":
+                    self._method = "auto"  # the parent's memory cannot be had again
+                self._choose_template()
+
+    def _begin(self) -> None:
+        if not self._ledger.begun:
+            for action in self._ledger.start(time.monotonic()):
+                self._actions[type(action)](action)
+
+    def _drop_template(self) -> None:
+        if self._template_wire is not None:
+            self._template_wire.close()
+            self._template_wire = None
+        self._template_deadline = inf
+        self._fleet.end_template()
+
+    def _template_failed(self, why: str) -> None:
+        self._drop_template()
+        self._apply(f.WorkerUnready(None, why))
+
+    # -- parent --------------------------------------------------------------------------------------------------
+
+    def _read_parent(self) -> None:
+        data = receive(self._parent.sock)
+        if data == b"":
+            self._orphaned = True
+            return
+        for frame in self._parent_reader.feed(data or b""):
+            self._obey(frame)
+
+    def _obey(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.SUBMIT:
+            lane, outcome = Lane(frame.flag >> 4), frame.flag & 15
+            self._apply(f.Submitted(Job(frame.job, lane, outcome, frame.a, frame.b, frame.extra, frame.body)))
+        elif kind is Kind.CANCEL:
+            self._apply(f.Cancelled(frame.job, frame.flag, frame.a))
+        elif kind is Kind.RESIZE:
+            self._apply(f.Resized(frame.job))
+        elif kind is Kind.FLUSH:
+            self._apply(f.FlushAsked(frame.job))
+        elif kind is Kind.DRAIN:
+            self._apply(f.Draining())
+        elif kind is Kind.STOP:
+            self._apply(f.Stopping())
+
+    def _log(self, level: int, text: str) -> None:
+        self._parent.put(Frame(Kind.LOG, flag=level, body=text.encode()))
+
+    def _say_goodbye(self) -> None:
+        self._parent.sock.setblocking(True)
+        self._parent.sock.settimeout(5.0)
+        with contextlib.suppress(OSError):
+            self._parent.outbox.flush(self._parent.sock.send)
+
+    def _finish(self, action: f.Finish) -> None:
+        self._finished = True
+
+    # -- workers -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, action: f.Spawn) -> None:
+        try:
+            crew = self._fleet.spawn(action.worker, action.slot, action.lane, self._boot_frame())
+        except OSError as exc:
+            self._log(logging.ERROR, f"a worker could not be started: {exc}")
+            self._gone(Exit(action.worker, None, None, None))
+            return
+        wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
+        self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}")
+
+    def _boot_frame(self) -> bytes:
+        return encode(Kind.BOOT, flag=1, body=self._boot.body)
+
+    def _assign(self, action: f.Assign) -> None:
+        job = action.job
+        if action.worker in self._wires:
+            frame = Frame(Kind.JOB, job.id, job.flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
+            self._wires[action.worker][1].put(frame)
+            self._touched.add(action.worker)
+
+    def _dismiss(self, action: f.Dismiss) -> None:
+        if action.worker in self._wires:
+            self._wires[action.worker][1].put(Frame(Kind.LEAVE))
+            self._touched.add(action.worker)
+
+    def _signal(self, action: f.Signal) -> None:
+        if action.worker in self._wires:
+            self._wires[action.worker][2].put(encode(Kind.SIGNAL, action.job, action.signum))
+            self._touched.add(action.worker)
+
+    def _read_worker(self, worker: int, turns: int = _READS_PER_TURN) -> None:
+        entry = self._wires.get(worker)
+        if entry is None:
+            return
+        crew, wire, _, reader = entry
+        for _ in range(turns):
+            data = receive(crew.data)
+            if data is None:
+                return
+            try:
+                frames = reader.feed(data)
+                for frame in frames:
+                    self._heard(crew, frame)
+            except ProtocolError as exc:
+                self._silence(worker, wire, str(exc))
+                return
+            if not data:
+                self._silence(worker, wire, "it closed its line to the pool")
+                return
+
+    def _silence(self, worker: int, wire: Wire, why: str) -> None:
+        wire.close()
+        crew = self._wires[worker][0]
+        if crew.pid:
+            self._apply(f.WorkerFaulty(worker, why))
+        else:  # it died before it could say who it is; its pid is reaped as an unknown
+            self._gone(Exit(worker, None, None, None))
+
+    def _heard(self, crew: Crew, frame: Frame) -> None:
+        kind, worker = frame.kind, crew.worker
+        if kind is Kind.STARTED:
+            self._apply(f.JobStarted(worker, frame.job, frame.a))
+        elif kind is Kind.DONE:
+            self._apply(f.JobDone(worker, frame.job, frame.flag, frame.body, frame.a, frame.b))
+        elif kind is Kind.RETURNED:
+            self._apply(f.JobReturned(worker, frame.job))
+        elif kind is Kind.CALL:
+            self._apply(f.HookCalled(worker, frame.job, frame.flag, frame.extra, frame.body))
+        elif kind is Kind.SOFT:
+            self._apply(f.SoftLimitHit(worker, frame.job, frame.a))
+        elif kind is Kind.EXPIRED:
+            self._apply(f.JobExpired(worker, frame.job, frame.body.decode(errors="replace")))
+        elif kind is Kind.HELLO:
+            if not self._fleet.registered(crew, frame.job):
+                raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
+        elif kind is Kind.READY:
+            self._apply(f.WorkerReady(worker, crew.pid))
+            self._show_workers()
+        elif kind is Kind.UNREADY:
+            self._apply(f.WorkerUnready(worker, frame.body.decode(errors="replace")))
+        else:
+            raise ProtocolError(f"worker {crew.slot} sent a {kind.name} frame, which is not its to send")
+
+    def _reap(self) -> None:
+        for crew, *_ in list(self._wires.values()):
+            if not crew.pid:  # its HELLO must be known before its exit is
+                self._read_worker(crew.worker)
+        for end in self._fleet.reap():
+            if end.worker is not None:
+                self._gone(end)
+
+    def _gone(self, end: Exit) -> None:
+        """Hears a dead worker out, then lets it go."""
+        worker = end.worker if end.worker is not None else -1
+        entry = self._wires.get(worker)
+        if entry is not None:
+            crew, wire, _, _ = entry
+            if wire.open:
+                self._hear_out(worker, crew)
+            wire.close()
+            self._wires.pop(worker, None)
+            self._fleet.forget(worker)
+        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss))
+        self._show_workers()
+
+    def _hear_out(self, worker: int, crew: Crew) -> None:
+        reader = self._wires[worker][3]
+        while data := receive(crew.data):
+            try:
+                for frame in reader.feed(data):
+                    self._heard(crew, frame)
+            except ProtocolError as exc:
+                self._log(logging.WARNING, f"{exc}, with its last breath")
+                return
+
+    def _show_workers(self) -> None:
+        crews = [
+            {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
+            for crew in self._fleet.crews.values()
+            if crew.pid
+        ]
+        self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
+
+
+class _Reader:
+    """A selector entry that only reads."""
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
+        self._on_read = on_read
+
+    def handle(self, mask: int) -> None:
+        self._on_read()
+
+
+def _receive_boot(line: socket.socket) -> Frame | None:
+    reader = FrameReader("the parent")
+    while True:
+        data = line.recv(reader.missing)
+        if not data:
+            return None
+        if frames := reader.feed(data):
+            return frames[0]
+
+
+def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> None:
+    """Entry of the process. The last two arguments name a template that the parent forked for us."""
+    line = socket.socket(fileno=int(fd))
+    linux.adopt_orphans()
+    fleet = Fleet()
+    if template_fd.strip() and template_pid:
+        fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
+    set_title("mpworker: dispatcher")
+    boot = _receive_boot(line)
+    if boot is None or boot.kind is not Kind.BOOT:
+        fleet.end_all()
+        return
+    set_title(f"mpworker: dispatcher{json.loads(boot.extra)['label']}")
+    try:
+        Dispatcher(line, boot, fleet).run()
+    finally:
+        fleet.end_all()
+        sys.stdout.flush()

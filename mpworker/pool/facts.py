@@ -1,0 +1,229 @@
+"""What the ledger is told and what it decides: plain values, named as facts. Holds no behaviour."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+from math import inf
+from typing import Any, NamedTuple
+
+from mpworker.pool.frames import Frame
+from mpworker.states import JobState, WorkerState
+
+
+class Lane(IntEnum):
+    """A queue with workers of its own."""
+
+    #: the tasks
+    TASKS = 0
+    #: their callbacks: one worker, first come first served
+    HOOKS = 1
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One piece of work. ``soft`` and ``hard`` are seconds, 0 for none; times are ``time.monotonic()``."""
+
+    id: int
+    lane: Lane = Lane.TASKS
+    flag: int = 0
+    soft: float = 0.0
+    hard: float = 0.0
+    hooks: bytes = b""
+    body: bytes = b""
+    #: for a callback: the job it belongs to
+    of: int = 0
+    state: JobState = JobState.QUEUED
+    started: float = 0.0
+    #: when the dispatcher itself steps in
+    guard: float = inf
+    #: how the job will end, once that is decided but its worker still lives
+    verdict: tuple[JobState, dict[str, Any]] | None = None
+    #: asked back by a flush, unless it has started
+    recalled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One child process as the ledger sees it."""
+
+    id: int
+    slot: int
+    lane: Lane
+    #: what happens next if nothing else does: ready timeout, start guard or escalation
+    deadline: float = inf
+    state: WorkerState = WorkerState.STARTING
+    pid: int = 0
+    #: given to it and not finished, in order
+    jobs: deque[Job] = field(default_factory=deque)
+    running: Job | None = None
+    done: int = 0
+    #: it handed jobs back: give it no more than one until its job is done
+    hold: bool = False
+    #: this pool sent it a signal
+    killed: bool = False
+    #: the second rung of the kill ladder has been reached
+    final: bool = False
+    #: a callback that goes with the running job
+    call: HookCalled | None = None
+
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+class Submitted(NamedTuple):
+    job: Job
+
+
+class Cancelled(NamedTuple):
+    job: int
+    signum: int
+    #: seconds until SIGKILL follows; 0: never
+    grace: float
+
+
+class Resized(NamedTuple):
+    size: int
+
+
+class FlushAsked(NamedTuple):
+    token: int
+
+
+class Paused(NamedTuple):
+    """The parent does not read its results: assign nothing new until it does."""
+
+    on: bool
+
+
+class Draining(NamedTuple):
+    """Nothing more will be submitted."""
+
+
+class Stopping(NamedTuple):
+    """Everything shall end now."""
+
+
+class WorkerReady(NamedTuple):
+    worker: int
+    pid: int
+
+
+class WorkerUnready(NamedTuple):
+    #: ``None``: the preload, which stands for all of them
+    worker: int | None
+    why: str
+
+
+class JobStarted(NamedTuple):
+    worker: int
+    job: int
+    at: float
+
+
+class SoftLimitHit(NamedTuple):
+    worker: int
+    job: int
+    limit: float
+
+
+class JobExpired(NamedTuple):
+    """The watchdog kills its process at the hard limit."""
+
+    worker: int
+    job: int
+    #: where the task was, as text
+    stack: str = ""
+
+
+class HookCalled(NamedTuple):
+    """A task asks for a callback of its own, to run when it is done."""
+
+    worker: int
+    job: int
+    flag: int
+    hooks: bytes
+    body: bytes
+
+
+class JobDone(NamedTuple):
+    worker: int
+    job: int
+    flag: int
+    body: bytes
+    runtime: float
+    max_rss: float
+
+
+class JobReturned(NamedTuple):
+    worker: int
+    job: int
+
+
+class WorkerFaulty(NamedTuple):
+    """Its line to the pool is closed or carries garbage: no more words, only its exit."""
+
+    worker: int
+    why: str
+
+
+class WorkerGone(NamedTuple):
+    """Its process has ended and everything that it had written has been told."""
+
+    worker: int
+    exitcode: int | None
+    signal: int | None
+    max_rss: int | None
+
+
+class Ticked(NamedTuple):
+    """Only time has passed."""
+
+
+# -- actions ---------------------------------------------------------------------------------------------------------
+
+
+class Spawn(NamedTuple):
+    worker: int
+    slot: int
+    lane: Lane
+
+
+class Assign(NamedTuple):
+    worker: int
+    job: Job
+
+
+class Dismiss(NamedTuple):
+    """Ask it to leave; it has nothing to do."""
+
+    worker: int
+
+
+class Signal(NamedTuple):
+    """Through the watchdog: to the worker's group if, and only if, it runs this job (signal 0: only hand it back)."""
+
+    worker: int
+    job: int
+    signum: int
+
+
+class Kill(NamedTuple):
+    """From outside, to the worker's whole group."""
+
+    worker: int
+    signum: int
+
+
+class Tell(NamedTuple):
+    """To the parent."""
+
+    frame: Frame
+
+
+class Finish(NamedTuple):
+    """The dispatcher's work is over."""
+
+
+Action = Spawn | Assign | Dismiss | Signal | Kill | Tell | Finish

@@ -1,0 +1,311 @@
+"""The only file that starts, signals and reaps processes.
+
+Parent side: :func:`launch` starts a dispatcher. Dispatcher side: :class:`Fleet` owns the template, the workers and the
+callback process. Never decides anything: the ledger says whom to start and whom to kill.
+
+Every child is the dispatcher's own: the template forks twice and the kernel hands the orphan to the dispatcher (a
+"subreaper"), so each can be waited for. A pid is signalled only while it is an unreaped child: its number cannot have
+been given to another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mpworker.pool import linux
+from mpworker.pool.facts import Lane
+from mpworker.pool.frames import Kind, encode
+from mpworker.pool.title import PADDING
+
+#: Seconds that killed processes get to disappear.
+_END_TIMEOUT = 2.0
+_PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
+#: Runs ``main`` of a module of this package. ``-P`` keeps the current folder from shadowing the standard library; the
+#: place this package was imported from comes last, for checkouts that are on ``sys.path`` only.
+_RUN = "import sys; sys.path.append(sys.argv[2]); import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[3:])"
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line of a fresh interpreter that runs ``mpworker.pool.<module>.main(*arguments)``."""
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags, "-P", "-c", _RUN, f"mpworker.pool.{module}", _PACKAGE_HOME, *arguments, PADDING]
+
+
+def launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Starts a dispatcher in a clean interpreter and a session of its own. Safe in a process with threads.
+
+    Returns:
+        the process, and the parent's end of the line to it (non-blocking).
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            command("dispatcher", str(theirs.fileno())),
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    ours.setblocking(False)
+    return process, ours
+
+
+def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
+    """As :func:`launch`, but with a template that is a fork of *this* process as it stands.
+
+    The forked child forks the template and then becomes the dispatcher by ``exec``, so that the template, which has
+    our memory, is the dispatcher's child.
+    """
+    ours, theirs = socket.socketpair()
+    line, template_end = socket.socketpair()
+    _flush_streams()
+    pid = os.fork()
+    if pid == 0:
+        _become_dispatcher(ours, theirs, line, template_end)
+    theirs.close()
+    line.close()
+    template_end.close()
+    ours.setblocking(False)
+    return _Forked(pid), ours
+
+
+def _become_dispatcher(
+    ours: socket.socket, theirs: socket.socket, line: socket.socket, template_end: socket.socket
+) -> None:
+    try:
+        os.setsid()
+        ours.close()
+        dispatcher = os.getpid()
+        template = os.fork()
+        if template == 0:
+            theirs.close()
+            line.close()
+            from mpworker.pool import template as template_module
+
+            template_module.serve(template_end, dispatcher, preload=False)
+            os._exit(0)
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), 0)
+        theirs.set_inheritable(True)
+        line.set_inheritable(True)
+        arguments = command("dispatcher", str(theirs.fileno()), str(line.fileno()), str(template))
+        os.execv(arguments[0], arguments)  # noqa: S606
+    finally:
+        os._exit(127)
+
+
+class _Forked:
+    """The part of ``subprocess.Popen`` that the parent needs, for a dispatcher that it forked itself."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        if timeout is None and self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.poll()
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Exit(NamedTuple):
+    """A child that has ended: of the worker, or of the template (``worker`` is ``None``)."""
+
+    worker: int | None
+    exitcode: int | None
+    signal: int | None
+    max_rss: int | None
+
+
+@dataclass(slots=True, eq=False)
+class Crew:
+    """The dispatcher's ends of the two lines to one child: ``data`` for frames, ``control`` for its watchdog."""
+
+    worker: int
+    slot: int
+    lane: Lane
+    data: socket.socket
+    control: socket.socket
+    pid: int = 0
+    popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+
+class Fleet:
+    """The children of one dispatcher."""
+
+    def __init__(self) -> None:
+        self.crews: dict[int, Crew] = {}
+        self.template: socket.socket | None = None
+        self.template_pid = 0
+        self._by_pid: dict[int, Crew] = {}
+        self._popens: dict[int, subprocess.Popen[bytes]] = {}
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    def start_template(self) -> socket.socket:
+        """Starts the process from which workers are forked, and returns the line to it (blocking)."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = self._popen(command("template", str(theirs.fileno()), str(os.getpid())), [theirs.fileno()])
+        self.template, self.template_pid = ours, process.pid
+        return ours
+
+    def adopt_template(self, line: socket.socket, pid: int) -> None:
+        """Takes over a template that somebody else forked as our child."""
+        self.template, self.template_pid = line, pid
+
+    def end_template(self) -> None:
+        """Closes the line; the template leaves when it sees that."""
+        if self.template is not None:
+            self.template.close()
+            self.template = None
+
+    def spawn(self, worker: int, slot: int, lane: Lane, boot: bytes) -> Crew:
+        """Starts a worker, forked from the template if there is one, else in a fresh interpreter.
+
+        Args:
+            boot: the BOOT frame that a fresh interpreter needs.
+
+        Raises:
+            OSError: no process or descriptor can be had. Nothing is left behind.
+        """
+        data, their_data = socket.socketpair()
+        control, their_control = socket.socketpair()
+        crew = Crew(worker, slot, lane, data, control)
+        fds = [their_data.fileno(), their_control.fileno()]
+        try:
+            if self.template is not None:
+                request = encode(Kind.FORK, worker, int(lane), float(slot))
+                socket.send_fds(self.template, [request], fds)
+            else:
+                arguments = [*map(str, fds), str(slot), str(int(lane)), str(os.getpid())]
+                crew.popen = self._popen(command("worker", *arguments), fds)
+                self.registered(crew, crew.popen.pid)
+        except OSError:
+            data.close()
+            control.close()
+            raise
+        finally:
+            their_data.close()
+            their_control.close()
+        if crew.popen is not None:
+            data.sendall(boot)
+        data.setblocking(False)
+        control.setblocking(False)
+        self.crews[worker] = crew
+        return crew
+
+    def _popen(self, arguments: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(arguments, pass_fds=fds, stdin=subprocess.DEVNULL)
+        self._popens[process.pid] = process
+        return process
+
+    def registered(self, crew: Crew, pid: int) -> bool:
+        """Notes a worker's pid, told by itself, if it is really our child."""
+        if crew.pid == pid:
+            return True
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        crew.pid = pid
+        self._by_pid[pid] = crew
+        return True
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def kill(self, worker: int, signum: int) -> None:
+        """Signals a worker's whole process group. A worker without a pid yet loses its lines, which ends it."""
+        crew = self.crews.get(worker)
+        if crew is None:
+            return
+        if not crew.pid:
+            with contextlib.suppress(OSError):
+                crew.data.shutdown(socket.SHUT_RDWR)
+            return
+        for send in (os.killpg, os.kill):  # the second for one that has not made its group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(crew.pid, signum)
+
+    def reap(self) -> Iterable[Exit]:
+        """Collects children that have ended; what is left of a worker's group ends with it."""
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                return
+            crew = self._by_pid.pop(info.si_pid, None)
+            if crew is not None:
+                # While the leader is a zombie its group's number is ours.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(info.si_pid, signal.SIGKILL)
+            _, status, usage = os.wait4(info.si_pid, 0)
+            popen = self._popens.pop(info.si_pid, None)
+            code = os.waitstatus_to_exitcode(status)
+            if popen is not None:
+                popen.returncode = code  # so that nobody waits for this pid again
+            exitcode, signum = (None, -code) if code < 0 else (code, None)
+            max_rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            if crew is not None:
+                yield Exit(crew.worker, exitcode, signum, max_rss)
+            elif info.si_pid == self.template_pid:
+                self.template_pid = 0
+                yield Exit(None, exitcode, signum, max_rss)
+
+    def forget(self, worker: int) -> None:
+        """Closes the lines to a worker that is gone."""
+        crew = self.crews.pop(worker, None)
+        if crew is not None:
+            crew.data.close()
+            crew.control.close()
+
+    def end_all(self) -> None:
+        """SIGKILL to everything that is ours, strays included; returns when all of it is reaped, or after 2 s."""
+        self.end_template()
+        for worker in list(self.crews):
+            self.kill(worker, signal.SIGKILL)
+            self.forget(worker)
+        deadline = time.monotonic() + _END_TIMEOUT
+        while time.monotonic() < deadline:
+            for pid in linux.children():  # orphans that tasks left behind are ours by adoption
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid:
+                self._by_pid.pop(pid, None)
+                if (popen := self._popens.pop(pid, None)) is not None:
+                    popen.returncode = 0
+            else:
+                time.sleep(0.002)
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.flush()

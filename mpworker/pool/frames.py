@@ -1,0 +1,214 @@
+"""What crosses a pipe: a small fixed header and two opaque byte strings.
+
+Owns the layout of a frame, the incremental reader and the outbox that never blocks. Never looks inside a payload.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from socket import socket
+from typing import NamedTuple
+from zlib import crc32
+
+from mpworker.errors import ProtocolError
+
+# magic, kind, flag, extra length, job, a, b, body length; then the checksum of these bytes.
+_HEADER = struct.Struct("<HBBIQddQ")
+_CHECKED = struct.Struct("<HBBIQddQI")
+HEADER_SIZE = _CHECKED.size
+_MAGIC = 0x6D77
+#: A body is never larger than this; a larger length is corruption.
+MAX_BODY = 1 << 40
+#: What one ``recv`` may bring.
+CHUNK = 1 << 18
+_JOIN_BELOW = 1 << 16
+
+
+class Kind(IntEnum):
+    """What a frame says. The comment names the meaning of its fields where it uses them."""
+
+    # parent → dispatcher
+    BOOT = 1  # flag: preload or not, extra: dispatcher options (JSON), body: what children need (opaque)
+    SUBMIT = 2  # job, flag: lane and outcome kind, a: soft limit, b: hard limit, extra: hooks, body: call or outcome
+    CANCEL = 3  # job, flag: signal, a: seconds until SIGKILL follows (0: never)
+    RESIZE = 4  # job: number of workers
+    FLUSH = 5  # job: token; take back what has not started
+    DRAIN = 6  # nothing more will be submitted: finish all, then end
+    STOP = 7  # end now
+    # dispatcher → worker
+    JOB = 10
+    LEAVE = 11
+    # dispatcher → watchdog
+    SIGNAL = 12  # job, flag: signal
+    # template and worker → dispatcher
+    HELLO = 19  # job: pid; the very first word
+    READY = 20  # a: number of native threads
+    UNREADY = 21  # body: why (text)
+    # worker → dispatcher → parent
+    STARTED = 30  # job, flag: -, a: time.monotonic() of the start, b: pid
+    SOFT = 31  # job, a: soft limit
+    EXPIRED = 32  # job, a: hard limit, body: where the task was (text)
+    CALL = 33  # job, flag: outcome kind, extra: hooks, body: outcome; runs when the job is done
+    DONE = 34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome
+    RETURNED = 35  # job: one that was not started
+    # dispatcher → template
+    FORK = 40  # job: worker id; two descriptors travel along
+    # dispatcher → parent
+    ENDED = 50  # job, body: verdict (JSON): killed at a limit, lost, cancelled
+    HOOK_ENDED = 51  # job it belongs to, flag: outcome kind, body: outcome of the callback
+    WORKERS = 52  # body: JSON of the processes
+    LOG = 53  # flag: logging level, body: text
+    BROKEN = 54  # body: why the pool cannot go on (text)
+    FLUSHED = 55  # job: token
+    BYE = 56  # all is done, nothing follows
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class Frame(NamedTuple):
+    """One message. What ``flag``, ``job``, ``a`` and ``b`` mean depends on :class:`Kind`."""
+
+    kind: Kind
+    job: int = 0
+    flag: int = 0
+    a: float = 0.0
+    b: float = 0.0
+    extra: bytes = b""
+    body: bytes = b""
+
+
+def header(kind: Kind, job: int, flag: int, a: float, b: float, extra: int, body: int) -> bytes:
+    """The first :data:`HEADER_SIZE` bytes of a frame, for payloads of the given lengths."""
+    head = _HEADER.pack(_MAGIC, kind, flag, extra, job, a, b, body)
+    return head + crc32(head).to_bytes(4, "little")
+
+
+def encode(
+    kind: Kind, job: int = 0, flag: int = 0, a: float = 0.0, b: float = 0.0, extra: bytes = b"", body: bytes = b""
+) -> bytes:
+    """A whole frame as one byte string."""
+    return header(kind, job, flag, a, b, len(extra), len(body)) + extra + body
+
+
+class FrameReader:
+    """Turns a stream of bytes into frames.
+
+    Memory grows only with bytes that have arrived, never by what a length field claims.
+
+    Args:
+        peer: who writes the stream; named in every error.
+    """
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Takes the next bytes and returns the frames they complete.
+
+        Raises:
+            ProtocolError: the bytes are no frame. The stream cannot be read any further.
+        """
+        buffer = self._buffer
+        buffer += data
+        frames: list[Frame] = []
+        position = 0
+        while len(buffer) - position >= HEADER_SIZE:
+            magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(buffer, position)
+            sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
+            if not sound or checksum != crc32(buffer[position : position + _HEADER.size]):
+                raise ProtocolError(f"{self.peer} sent bytes that are no frame")
+            start = position + HEADER_SIZE
+            end = start + extra + body
+            if len(buffer) < end:
+                break
+            middle = start + extra
+            frames.append(
+                Frame(_KINDS[kind], job, flag, a, b, bytes(buffer[start:middle]), bytes(buffer[middle:end]))
+            )
+            position = end
+        del buffer[:position]
+        return frames
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the current frame still lacks, as far as its header tells."""
+        have = len(self._buffer)
+        if have < HEADER_SIZE:
+            return HEADER_SIZE - have
+        fields = _CHECKED.unpack_from(self._buffer)
+        return int(HEADER_SIZE + fields[3] + fields[7] - have)
+
+
+class Outbox:
+    """Frames on their way to a peer that may be slow: an append never blocks, a flush sends what fits."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[bytes | memoryview] = deque()
+        self.size = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
+
+    def put(self, *pieces: bytes) -> None:
+        """Appends a frame, in one or several pieces. Safe against other threads and signal handlers."""
+        self._pieces.extend(pieces)
+        self.size += sum(map(len, pieces))
+
+    def put_frame(self, frame: Frame) -> None:
+        """Appends a frame; a large body is not copied."""
+        kind, job, flag, a, b, extra, body = frame
+        head = header(kind, job, flag, a, b, len(extra), len(body))
+        if len(body) < _JOIN_BELOW:
+            self.put(head + extra + body)
+        else:
+            self.put(head + extra, body)
+
+    def flush(self, send: Callable[[bytes | memoryview], int]) -> bool:
+        """Sends until all is gone or ``send`` would block. Only one caller at a time.
+
+        Args:
+            send: like ``socket.send`` on a non-blocking socket; its ``OSError`` other than "would block" passes through.
+
+        Returns:
+            ``True`` when nothing is left.
+        """
+        pieces = self._pieces
+        while pieces:
+            piece = self._gather()
+            try:
+                sent = send(piece)
+            except (BlockingIOError, InterruptedError):
+                pieces.appendleft(piece)
+                return False
+            self.size -= sent
+            if sent < len(piece):
+                pieces.appendleft(memoryview(piece)[sent:])
+        return True
+
+    def _gather(self) -> bytes | memoryview:
+        # Many small frames go out in one system call.
+        pieces = self._pieces
+        first = pieces.popleft()
+        if not pieces or len(first) >= _JOIN_BELOW:
+            return first
+        batch, size = [first], len(first)
+        while pieces and size + len(pieces[0]) <= _JOIN_BELOW:
+            piece = pieces.popleft()
+            batch.append(piece)
+            size += len(piece)
+        return b"".join(batch)
+
+
+def receive(sock: socket) -> bytes | None:
+    """One non-blocking read: bytes, ``b""`` at the end of the stream, ``None`` when nothing is there."""
+    try:
+        return sock.recv(CHUNK)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except ConnectionError:
+        return b""

@@ -1,0 +1,336 @@
+"""The parent's end of a pool: submit, cancel, fileno, drain.
+
+Owns the line to the dispatcher, what has been submitted and is not finished, and the dispatcher's replacement when it
+dies. Starts no thread, never blocks (but for the time a flush is given), calls nobody back: whoever drives it reads events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mpworker.errors import BootError, ProtocolError
+from mpworker.pool import boot as booting
+from mpworker.pool import fleet
+from mpworker.pool.facts import Lane
+from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, encode, header, receive
+from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
+from mpworker.states import JobState
+
+logger = logging.getLogger("mpworker.pool")
+
+#: Dispatchers that may die in a row without one of them having had a ready worker.
+_MAX_RESTARTS = 3
+#: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
+_READS_PER_DRAIN = 8
+_JOIN_BELOW = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolOptions:
+    """What a dispatcher is told. Times in seconds, memory in bytes, 0 for no limit."""
+
+    size: int
+    start_method: str = "auto"
+    ready_timeout: float = 120.0
+    callback_limit: float = 60.0
+    max_tasks: int = 0
+    max_memory: int = 0
+    label: str = ""
+
+    def to_json(self) -> bytes:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+
+@dataclass(slots=True, eq=False)
+class _Sent:
+    """A job that has no terminal event yet; its frame is kept until it has started, for a new dispatcher."""
+
+    pieces: tuple[bytes, ...] | None
+    pid: int = 0
+
+
+class Handle:
+    """One pool, seen from the process that uses it. Events come from one thread; the other methods are safe in any.
+
+    Args:
+        options: for the dispatcher.
+        boot: from :func:`mpworker.pool.boot.describe`.
+    """
+
+    def __init__(self, options: PoolOptions, boot: bytes) -> None:
+        self.options = options
+        #: the processes, as the dispatcher last told: dicts with pid, slot, lane
+        self.workers: list[dict[str, int]] = []
+        #: rises when the dispatcher, and with it :meth:`fileno`, has been replaced
+        self.generation = 0
+        self.finished = False
+        self.ready = False
+        self._boot = boot
+        self._ids = itertools.count(1)
+        self._sent: dict[int, _Sent] = {}
+        self._outbox = Outbox()
+        self._flushing = threading.Lock()
+        self._reader = FrameReader("the dispatcher")
+        self._process: Any = None
+        self._line: socket.socket | None = None
+        self._closing: Kind | None = None
+        self._restarts = 0
+        self._size = options.size
+        self._flushed = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the dispatcher."""
+        forked = self.options.start_method == "fork"
+        self._process, self._line = fleet.launch_forked() if forked else fleet.launch()
+        self._reader = FrameReader("the dispatcher")
+        self._outbox = Outbox()
+        self._outbox.put(encode(Kind.BOOT, extra=self.options.to_json(), body=self._boot))
+        if self._size != self.options.size:
+            self._outbox.put(encode(Kind.RESIZE, self._size))
+        self.flush()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the dispatcher."""
+        return self._process.pid if self._process is not None else None
+
+    def fileno(self) -> int:
+        """Readable when :meth:`drain` has something to tell; -1 when all is over. Changes with :attr:`generation`."""
+        return self._line.fileno() if self._line is not None else -1
+
+    @property
+    def pending(self) -> int:
+        """Jobs without a terminal event."""
+        return len(self._sent)
+
+    def close(self) -> None:
+        """Nothing more will be submitted: the pool finishes everything, callbacks included, and ends."""
+        self._wind_down(Kind.DRAIN)
+
+    def terminate(self) -> None:
+        """Ends the pool now; unfinished jobs are cancelled, their callbacks still run."""
+        self._wind_down(Kind.STOP)
+
+    def _wind_down(self, kind: Kind) -> None:
+        if self._closing is not Kind.STOP:
+            self._closing = kind
+            self._send(encode(kind))
+
+    def kill(self) -> None:
+        """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it."""
+        self.finished = True
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        if self._process is not None:
+            self._process.wait()
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def next_id(self) -> int:
+        """A number for a job that is about to be submitted."""
+        return next(self._ids)
+
+    def submit(self, job: int, body: bytes, *, soft: float = 0.0, hard: float = 0.0, hooks: bytes = b"") -> None:
+        """Hands over a packed call.
+
+        Args:
+            job: from :meth:`next_id`; its events carry it.
+            body: from :func:`mpworker.pool.parcel.pack_call`.
+            soft, hard: limits in seconds, 0 for none.
+            hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
+        """
+        self._submit(job, Lane.TASKS, 0, body, soft, hard, hooks)
+
+    def call_hooks(self, job: int, hooks: bytes, flag: Outcome, body: bytes) -> None:
+        """Runs a callback in the callback process with an outcome that the caller knows; HOOK_ENDED follows."""
+        self._submit(job, Lane.HOOKS, flag, body, 0.0, self.options.callback_limit, hooks)
+
+    def _submit(
+        self, job: int, lane: Lane, flag: int, body: bytes, soft: float, hard: float, hooks: bytes
+    ) -> None:
+        head = header(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, len(hooks), len(body))
+        pieces = (head + hooks + body,) if len(body) < _JOIN_BELOW else (head + hooks, body)
+        self._sent[job] = _Sent(pieces)
+        self._send(*pieces)
+
+    def cancel(self, job: int, signum: int = signal.SIGTERM, grace: float = 0.5) -> None:
+        """Ends a job, wherever it is; never touches another. Its terminal event follows.
+
+        Args:
+            signum: sent to the worker's group if the job runs. SIGUSR1 raises the soft limit's exception.
+            grace: seconds until SIGKILL follows; 0 for never.
+        """
+        self._send(encode(Kind.CANCEL, job, signum, a=grace))
+
+    def resize(self, size: int) -> None:
+        """Sets the number of workers; surplus ones leave after their current job."""
+        self._size = size
+        self._send(encode(Kind.RESIZE, size))
+
+    def _send(self, *pieces: bytes) -> None:
+        self._outbox.put(*pieces)
+        self.flush()
+
+    @property
+    def wants_write(self) -> bool:
+        """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
+        return bool(self._outbox)
+
+    def flush(self) -> bool:
+        """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit."""
+        while self._outbox:
+            if not self._flushing.acquire(blocking=False):
+                return False  # whoever is at it will see what we appended
+            try:
+                line = self._line
+                if line is None or not self._outbox.flush(line.send):
+                    return False
+            except OSError:  # the dispatcher died; drain() notices
+                return False
+            finally:
+                self._flushing.release()
+        return True
+
+    # -- hearing -------------------------------------------------------------------------------------------------
+
+    def drain(self) -> Iterator[Frame]:
+        """Yields what has happened since: STARTED, SOFT, DONE, ENDED, HOOK_ENDED, LOG, BROKEN. Never blocks.
+
+        Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
+        """
+        for _ in range(_READS_PER_DRAIN):
+            line = self._line
+            data = receive(line) if line is not None else None
+            if data is None:
+                return
+            try:
+                frames = self._reader.feed(data)
+            except ProtocolError as exc:
+                logger.critical("%s; it is replaced", exc)
+                self._process.kill()
+                frames, data = [], b""
+            for frame in frames:
+                if self._note(frame):
+                    yield frame
+            if not data:
+                yield from self._lost_dispatcher()
+                return
+
+    def _note(self, frame: Frame) -> bool:
+        kind = frame.kind
+        if kind is Kind.STARTED:
+            sent = self._sent.get(frame.job)
+            if sent is None:
+                return False
+            sent.pieces, sent.pid = None, int(frame.b)
+        elif kind in (Kind.DONE, Kind.ENDED):
+            return self._sent.pop(frame.job, None) is not None
+        elif kind is Kind.HOOK_ENDED:
+            self._sent.pop(frame.job, None)
+        elif kind is Kind.SOFT:
+            return frame.job in self._sent
+        elif kind is Kind.WORKERS:
+            self.workers = json.loads(frame.body)
+            if self.workers:
+                self.ready, self._restarts = True, 0
+            return False
+        elif kind is Kind.FLUSHED:
+            self._flushed = frame.job
+            return False
+        elif kind in (Kind.BYE, Kind.BROKEN):
+            self.finished = True
+        return True
+
+    def _lost_dispatcher(self) -> Iterator[Frame]:
+        """The line has ended: after BYE or BROKEN as expected, else the dispatcher died and is replaced."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        code = self._process.wait()
+        self.workers = []
+        if self.finished:
+            return
+        for job, sent in list(self._sent.items()):
+            if sent.pieces is None:  # its worker died with the dispatcher
+                del self._sent[job]
+                facts = {"pid": sent.pid, "by_pool": True, "why": "the dispatcher died"}
+                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
+        self._restarts += 1
+        if self._restarts > _MAX_RESTARTS:
+            self.finished = True
+            yield Frame(Kind.BROKEN, body=f"the dispatcher died {self._restarts} times in a row, exit {code}".encode())
+            return
+        logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
+        self.start()
+        self.generation += 1
+        for sent in list(self._sent.values()):
+            self._outbox.put(*(sent.pieces or ()))
+        if self._closing is not None:
+            self._outbox.put(encode(self._closing))
+        self.flush()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Blocks until :meth:`drain` may have something, or :meth:`flush` may go on; for callers without a loop.
+
+        Args:
+            timeout: seconds, ``None`` for ever.
+        """
+        fd = self.fileno()
+        if fd < 0:
+            return False
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+        try:
+            found = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
+        except OSError:
+            return False
+        if any(mask & select.POLLOUT for _, mask in found):
+            self.flush()
+        return bool(found)
+
+    def take_back(self, timeout: float) -> Iterator[Frame]:
+        """Cancels what has not started and yields events until the dispatcher has confirmed that.
+
+        Args:
+            timeout: seconds to wait for it at most.
+        """
+        token = next(self._ids)
+        self._send(encode(Kind.FLUSH, token))
+        deadline = time.monotonic() + timeout
+        while self._flushed < token and self.fileno() >= 0 and time.monotonic() < deadline:
+            self.wait(deadline - time.monotonic())
+            yield from self.drain()
+
+
+def boot_error(frame: Frame) -> BootError:
+    """The error that a BROKEN frame stands for."""
+    return BootError(frame.body.decode(errors="replace"))
+
+
+def verdict_of(frame: Frame) -> tuple[JobState, dict[str, Any]]:
+    """What an ENDED frame says."""
+    return open_verdict(frame.body)
+
+
+def make(options: PoolOptions, **description: Any) -> Handle:
+    """A handle whose children are described by the keywords of :func:`mpworker.pool.boot.describe`."""
+    return Handle(options, booting.describe(label=options.label, **description))
+
+
+def default_size() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,48 @@
+"""The few kernel services that the standard library does not wrap. Each says whether it worked; none raises."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def die_with_parent() -> bool:
+    """Asks the kernel for SIGKILL when the *thread* that is our parent ends: only for children of one-threaded ones."""
+    return _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> bool:
+    """Makes this process the parent of descendants that lose theirs."""
+    return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def native_threads() -> int:
+    """Threads of this process as the kernel counts them, Python's or not; 1 where that cannot be told."""
+    try:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208  (a count, no paths)
+    except OSError:
+        return 1
+
+
+def children() -> list[int]:
+    """The pids of this process' children; empty where the kernel does not tell."""
+    try:
+        return [int(pid) for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split()]
+    except (OSError, ValueError):
+        return []

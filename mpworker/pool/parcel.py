@@ -1,0 +1,177 @@
+"""Packs calls and their outcomes so that they always unpack.
+
+Owns pickling, the round-trip check for exceptions and the wording when either fails. Never touches a pipe. Only bytes
+that this node's own processes wrote are ever unpickled here; messages from a broker are not.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import traceback
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import Any
+
+from mpworker.errors import PayloadError, RemoteError, RemoteTraceback, TaskCancelled, TimeLimitExceeded, WorkerLost
+from mpworker.states import JobState
+
+
+class Outcome(IntEnum):
+    """How to read the body that carries an outcome."""
+
+    #: a pickled value
+    VALUE = 0
+    #: an exception, packed by :func:`pack_error`
+    ERROR = 1
+    #: JSON written by the dispatcher, because no child lived to tell
+    VERDICT = 2
+
+
+def pack(obj: Any, what: str) -> bytes:
+    """Pickles ``obj``.
+
+    Args:
+        what: the words that name it in the error.
+
+    Raises:
+        PayloadError: it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+    except Exception as exc:
+        raise PayloadError(f"{what} cannot be pickled: {type(exc).__name__}: {exc}") from exc
+
+
+def unpack(data: bytes, what: str) -> Any:
+    """Unpickles what :func:`pack` wrote.
+
+    Raises:
+        PayloadError: it cannot be unpickled in this process.
+    """
+    try:
+        return pickle.loads(data)
+    except Exception as exc:
+        raise PayloadError(f"{what} cannot be unpickled: {type(exc).__name__}: {exc}") from exc
+
+
+def name_of(fn: object) -> str:
+    """A readable name for a callable or a class, for messages."""
+    inner = getattr(fn, "func", None)
+    if inner is not None and not hasattr(fn, "__qualname__"):  # functools.partial
+        return name_of(inner)
+    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    if name is None:
+        return type(fn).__qualname__
+    return f"{module}.{name}" if module and module != "builtins" else str(name)
+
+
+def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+    """Packs a call; a failure names the function.
+
+    Raises:
+        PayloadError: the function or an argument cannot be pickled.
+    """
+    try:
+        return pickle.dumps((fn, args, kwargs), pickle.HIGHEST_PROTOCOL)
+    except Exception as exc:
+        raise PayloadError(
+            f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}"
+        ) from exc
+
+
+def pack_error(exc: BaseException, text: str | None = None) -> bytes:
+    """Packs an exception with its traceback's text, so that it arrives whatever its class does.
+
+    An exception that does not survive a round trip here travels as type and text (the cure Celery found too).
+
+    Args:
+        text: the traceback, default the exception's own.
+    """
+    if text is None:
+        text = "".join(traceback.format_exception(exc))
+    try:
+        inner = pickle.dumps(exc, pickle.HIGHEST_PROTOCOL)
+        if type(pickle.loads(inner)) is not type(exc):
+            inner = b""
+    except Exception:  # whatever __reduce__ or __init__ raise: the text below tells the story
+        inner = b""
+    return pickle.dumps((name_of(type(exc)), _text_of(exc), text, inner), pickle.HIGHEST_PROTOCOL)
+
+
+def _text_of(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except Exception as broken:
+        return f"<str() of it raised {type(broken).__name__}>"
+
+
+def unpack_error(body: bytes) -> BaseException:
+    """The exception that :func:`pack_error` packed, with a :class:`RemoteTraceback` as its cause."""
+    type_name, message, text, inner = pickle.loads(body)
+    exc: BaseException | None = None
+    if inner:
+        try:
+            exc = pickle.loads(inner)
+        except Exception:  # the class exists only in the child, say
+            exc = None
+    if not isinstance(exc, BaseException):
+        exc = RemoteError(type_name, message)
+    exc.__cause__ = RemoteTraceback(text)
+    return exc
+
+
+def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
+    """Packs a task's result; one that cannot be pickled becomes the task's error."""
+    try:
+        return Outcome.VALUE, pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except Exception as exc:
+        error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
+        error.__cause__ = exc
+        return Outcome.ERROR, pack_error(error)
+
+
+def open_outcome(flag: int, body: bytes) -> tuple[bool, Any]:
+    """What became of a job.
+
+    Returns:
+        ``(True, value)`` or ``(False, exception)``; never raises for what a child sent.
+    """
+    if flag == Outcome.VALUE:
+        try:
+            return True, pickle.loads(body)
+        except Exception as exc:
+            error = PayloadError(f"the result cannot be unpickled here: {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            return False, error
+    if flag == Outcome.ERROR:
+        return False, unpack_error(body)
+    return False, verdict_error(open_verdict(body)[1])
+
+
+def pack_verdict(state: JobState, **facts: Any) -> bytes:
+    """What the dispatcher knows of a job that no child could report."""
+    return json.dumps({"state": state.value, **facts}).encode()
+
+
+def open_verdict(body: bytes) -> tuple[JobState, dict[str, Any]]:
+    facts = json.loads(body)
+    return JobState(facts["state"]), facts
+
+
+def verdict_error(facts: Mapping[str, Any]) -> Exception:
+    """The exception a verdict stands for."""
+    state = facts["state"]
+    if state == JobState.TIMED_OUT.value:
+        expired = TimeLimitExceeded(facts.get("limit"))
+        if facts.get("stack"):
+            expired.__cause__ = RemoteTraceback(f"The task was here:\n{facts['stack']}")
+        return expired
+    if state == JobState.CANCELLED.value:
+        return TaskCancelled(facts.get("reason", "the task was cancelled"))
+    lost = WorkerLost(
+        facts.get("pid"), facts.get("exitcode"), facts.get("signal"), facts.get("max_rss"), bool(facts.get("by_pool"))
+    )
+    if facts.get("why"):
+        lost.add_note(facts["why"])
+    return lost

@@ -1,0 +1,136 @@
+"""The second thread of a worker: soft limit, hard limit, hand back, and the dispatcher's word while a task runs.
+
+Owns the clock of the current job. Never runs user code. It cannot run while C code holds the GIL or while the process is
+stopped, which is why the dispatcher holds the same deadline and a little grace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from math import inf
+from typing import TYPE_CHECKING
+
+from mpworker.errors import ProtocolError
+from mpworker.pool.frames import CHUNK, Frame, FrameReader, Kind, encode
+
+if TYPE_CHECKING:
+    from mpworker.pool.worker import Worker
+
+#: Seconds between SIGTERM and SIGKILL.
+_TERM_TO_KILL = 0.1
+#: Seconds for which the thread stays awake after the last job, so that the next one need not wake it.
+_LINGER = 1.0
+
+
+class Watchdog(threading.Thread):
+    """Watches one worker.
+
+    Args:
+        control: line from the dispatcher.
+    """
+
+    #: Seconds after which a job counts as long and those behind it go back to the dispatcher.
+    HAND_BACK = 0.002
+
+    def __init__(self, worker: Worker, control: socket.socket) -> None:
+        super().__init__(name="mpworker-watchdog", daemon=True)
+        self._worker, self._control = worker, control
+        self._reader = FrameReader("the dispatcher")
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
+        self._wakes_at = inf
+        self._busy_at = 0.0
+
+    def expect(self, alarm: float) -> None:
+        """From the task thread: be awake at ``alarm``. Costs a system call only if it would not be."""
+        if alarm < self._wakes_at:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_writer, b"!")
+
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
+        while True:
+            now = time.monotonic()
+            self._wakes_at = due = self._look(now)
+            if self._worker.alarm() < due:
+                continue  # a job began between the look and the promise
+            for descriptor, _ in poll.poll(None if due == inf else max(0.0, due - now) * 1000 + 0.5):
+                if descriptor == self._wake_reader:
+                    os.read(self._wake_reader, 4096)
+                else:
+                    self._listen()
+
+    def _look(self, now: float) -> float:
+        """Does what is due and returns when to look again."""
+        worker = self._worker
+        returned: list[int] = []
+        soft = stack = None
+        with worker.gate:
+            current = worker.current
+            if current is None:
+                return self._busy_at + _LINGER if now < self._busy_at + _LINGER else inf
+            self._busy_at = now
+            if now >= current.hard_at:
+                worker.doomed = True
+                stack = worker.stack()
+            elif now >= current.soft_at:
+                current.soft_at = inf
+                soft = current.soft
+                worker.interrupt()
+            if worker.inbox and now >= current.started + self.HAND_BACK:
+                returned = worker.hand_back()
+        if stack is not None:
+            worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
+            self._die()
+        if soft is not None:
+            worker.send(encode(Kind.SOFT, current.job, a=soft))
+        self._give_back(returned)
+        alarm = worker.alarm()
+        return alarm if alarm < inf else now + _LINGER
+
+    def _listen(self) -> None:
+        try:
+            received = self._control.recv(CHUNK)
+            frames = self._reader.feed(received)
+        except (OSError, ProtocolError):
+            received, frames = b"", []
+        if not received:
+            # The dispatcher is gone; whatever this task started goes with us.
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        for frame in frames:
+            if frame.kind is Kind.SIGNAL:
+                self._signal(frame)
+
+    def _signal(self, frame: Frame) -> None:
+        worker, signum = self._worker, frame.flag
+        returned = False
+        with worker.gate:  # so that the signal cannot hit the next job
+            current = worker.current
+            if current is None or current.job != frame.job:
+                returned = worker.revoke(frame.job)
+            elif signum == signal.SIGUSR1:
+                worker.interrupt()
+            elif signum:
+                os.killpg(os.getpgrp(), signum)
+        if returned:
+            self._give_back([frame.job])
+
+    def _give_back(self, jobs: list[int]) -> None:
+        if jobs:
+            self._worker.send(b"".join(encode(Kind.RETURNED, job) for job in jobs))
+
+    def _die(self) -> None:
+        group = os.getpgrp()
+        os.killpg(group, signal.SIGTERM)
+        time.sleep(_TERM_TO_KILL)
+        os.killpg(group, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)  # should the group not be ours

@@ -1,0 +1,351 @@
+"""The child: gets ready, then runs one job after another in its main thread.
+
+Owns the task thread. The second thread, which watches the limits, is in :mod:`mpworker.pool.watchdog`. Shares no lock and
+no queue with any other process: it has one line for frames and one for its watchdog, and both lead to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+from types import FrameType
+from typing import Any, NoReturn
+
+from mpworker.errors import PayloadError
+from mpworker.pool import boot as booting
+from mpworker.pool import callbacks, linux
+from mpworker.pool.facts import Lane
+from mpworker.pool.frames import CHUNK, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
+from mpworker.pool.title import set_title
+from mpworker.pool.watchdog import Watchdog
+
+#: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
+EX_UNREADY = 70
+_JOIN_BELOW = 1 << 16
+_MAX_REVOKED = 1024
+_RESET = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGTTIN", "SIGTTOU", "SIGUSR2", "SIGCHLD", "SIGALRM", "SIGCONT")
+
+
+@dataclass(slots=True)
+class Current:
+    """The job in the task thread. Times are ``time.monotonic()``, limits seconds."""
+
+    job: int
+    started: float
+    soft: float
+    hard: float
+    soft_at: float
+    hard_at: float
+
+
+class Worker:
+    """One worker process.
+
+    Args:
+        data: line for frames, blocking.
+        control: line that only the watchdog reads.
+        lane: whose jobs it runs.
+    """
+
+    def __init__(self, data: socket.socket, control: socket.socket, lane: Lane) -> None:
+        self.data, self.lane = data, lane
+        #: guards inbox, current, revoked, doomed: the boundary between two jobs
+        self.gate = threading.Lock()
+        self.inbox: deque[Frame] = deque()
+        self.current: Current | None = None
+        self.revoked: dict[int, None] = {}
+        self.doomed = False
+        self._call: bytes = b""
+        self._reader = FrameReader("the dispatcher")
+        self._sending = threading.Lock()
+        self._unsent: list[bytes] = []
+        self._leaving = False
+        self._interruptible = False
+        self._pid = os.getpid()
+        self._soft_error: Any = None
+        self.watchdog = Watchdog(self, control)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def serve(self, boot: booting.Boot, prepared: bool) -> None:
+        """Gets ready and works until told to leave, or until the line ends."""
+        self.send(encode(Kind.HELLO, self._pid))
+        try:
+            if not prepared:
+                booting.prepare(boot)
+            self._soft_error = pickle.loads(boot.soft_error)
+            if boot.initializer:
+                function, args = pickle.loads(boot.initializer)
+                function(*args)
+        except BaseException as exc:  # sys.exit in an initializer is a failure like any other
+            self.send(encode(Kind.UNREADY, body=booting.explain(exc, "a worker's start").encode()))
+            raise SystemExit(EX_UNREADY) from None
+        signal.signal(signal.SIGUSR1, self._on_soft_limit)
+        self.watchdog.start()
+        self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
+        while (frame := self._next()) is not None:
+            self._execute(frame)
+
+    def _next(self) -> Frame | None:
+        """The next job; blocks. ``None`` when there will be none."""
+        while True:
+            with self.gate:
+                if self.inbox:
+                    return self.inbox.popleft()
+            if self._leaving:
+                return None
+            self.send()
+            try:
+                received = self.data.recv(CHUNK)
+            except ConnectionError:
+                received = b""
+            if not received:
+                return None
+            with self.gate:
+                self.take(received)
+
+    def take(self, received: bytes) -> None:
+        """Sorts received bytes into the inbox. The caller holds the gate."""
+        for frame in self._reader.feed(received):
+            if frame.kind is Kind.JOB:
+                self.inbox.append(frame)
+            elif frame.kind is Kind.LEAVE:
+                self._leaving = True
+
+    def send(self, *pieces: bytes) -> None:
+        """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""
+        try:
+            with self._sending:
+                waiting, self._unsent = self._unsent, []
+                if sum(map(len, pieces)) < _JOIN_BELOW:
+                    if joined := b"".join((*waiting, *pieces)):
+                        self.data.sendall(joined)
+                    return
+                for piece in (*waiting, *pieces):
+                    self.data.sendall(piece)
+        except OSError:  # the dispatcher is gone, and so is the reason to live
+            os._exit(EX_UNREADY)
+
+    def send_now(self, frame: bytes, patience: float) -> bool:
+        """From the watchdog, which must not wait long: one small frame, or not at all."""
+        if not self._sending.acquire(timeout=patience):
+            return False
+        try:
+            return self.data.send(frame, socket.MSG_DONTWAIT) == len(frame)
+        except OSError:
+            return False
+        finally:
+            self._sending.release()
+
+    # -- one job -------------------------------------------------------------------------------------------------
+
+    def _execute(self, frame: Frame) -> None:
+        job, soft, hard = frame.job, frame.a, frame.b
+        started = time.monotonic()
+        with self.gate:
+            revoked = job in self.revoked
+            if revoked:
+                del self.revoked[job]
+            else:
+                soft_at, hard_at = started + soft if soft else inf, started + hard if hard else inf
+                self.current = Current(job, started, soft, hard, soft_at, hard_at)
+        if revoked:
+            self.send(encode(Kind.RETURNED, job))
+            return
+        self.send(encode(Kind.STARTED, job, a=started))
+        self.watchdog.expect(self.alarm())
+        flag, body = self._run(frame)
+        with self.gate:
+            self.current = None
+            doomed = self.doomed
+        if os.getpid() != self._pid:
+            os._exit(0)  # the task forked and its child came back here
+        while doomed:
+            signal.pause()  # the watchdog is about to end this process; its word on the job stands
+        runtime, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._report(job, flag, runtime, peak * (1 if sys.platform == "darwin" else 1024), body)
+
+    def _report(self, job: int, flag: int, runtime: float, peak: float, body: bytes) -> None:
+        call, self._call = self._call, b""
+        _flush_streams()
+        head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
+        if self.inbox and len(body) < _JOIN_BELOW:
+            # It leaves together with the next STARTED, before that job runs.
+            self._unsent.append(call + head + body)
+        elif len(body) < _JOIN_BELOW:
+            self.send(call + head + body)
+        else:
+            self.send(call + head, body)
+
+    def _run(self, frame: Frame) -> tuple[int, bytes]:
+        """Runs the job; whatever it raises becomes its outcome."""
+        try:
+            self._interruptible = True
+            try:
+                if self.lane is Lane.HOOKS:
+                    callbacks.run(frame.extra, frame.flag, frame.body)
+                    return pack_outcome(None)
+                function, args, kwargs = _unpack_call(frame.body)
+                return pack_outcome(function(*args, **kwargs))
+            finally:
+                self._interruptible = False
+        except BaseException as exc:
+            if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
+                exc.__traceback__ = exc.__traceback__.tb_next  # this frame is nobody's business
+            return Outcome.ERROR, pack_error(exc)
+
+    def call_hooks(self, hooks: bytes, flag: int, body: bytes) -> None:
+        """Asks, from inside a job, for a callback once the job is done.
+
+        Args:
+            hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
+            flag, body: the outcome to call it with.
+        """
+        if self.current is not None:
+            self._call = encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body)
+
+    # -- for the watchdog ----------------------------------------------------------------------------------------
+
+    def alarm(self) -> float:
+        """When the watchdog must look at the current job; ``inf`` for never."""
+        current = self.current
+        if current is None:
+            return inf
+        alarm = min(current.soft_at, current.hard_at)
+        return min(alarm, current.started + Watchdog.HAND_BACK) if self.inbox else alarm
+
+    def hand_back(self) -> list[int]:
+        """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
+        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
+            if received := self.data.recv(CHUNK, socket.MSG_DONTWAIT):
+                self.take(received)
+        jobs = [frame.job for frame in reversed(self.inbox)]
+        self.inbox.clear()
+        return jobs
+
+    def revoke(self, job: int) -> bool:
+        """Takes one job out of the inbox, or notes it for when it comes. The caller holds the gate."""
+        for frame in self.inbox:
+            if frame.job == job:
+                self.inbox.remove(frame)
+                return True
+        self.revoked[job] = None
+        if len(self.revoked) > _MAX_REVOKED:  # left over from cancels that crossed a result
+            del self.revoked[next(iter(self.revoked))]
+        return False
+
+    def interrupt(self) -> None:
+        """Raises the soft limit's exception in the task thread, out of a system call if need be."""
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def stack(self) -> str:
+        """Where the task thread is, as text."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        entries = traceback.extract_stack(frame) if frame else []
+        ours = [i for i, entry in enumerate(entries) if entry.filename == __file__]
+        return "".join(traceback.format_list(entries[ours[-1] + 1 if ours else 0 :]))
+
+    def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
+        current = self.current
+        if self._interruptible and current is not None and os.getpid() == self._pid:
+            raise self._soft_error(current.soft or None)
+
+
+#: The worker that this process is; ``None`` everywhere else.
+this_worker: Worker | None = None
+
+
+def _unpack_call(body: bytes) -> Any:
+    try:
+        return pickle.loads(body)
+    except Exception as exc:
+        raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.flush()
+
+
+def become_worker(
+    data: int, control: int, slot: int, lane: int, boot: booting.Boot, dispatcher: int, *, prepared: bool
+) -> NoReturn:
+    """Turns this process into a worker; never returns.
+
+    Args:
+        data, control: descriptors of the two lines.
+        slot: its number in the pool, inherited by its replacement.
+        dispatcher: pid of the process whose child this is.
+        prepared: the application is loaded already.
+    """
+    global this_worker
+    code = EX_UNREADY
+    try:
+        linux.die_with_parent()
+        if os.getppid() != dispatcher:
+            os._exit(EX_UNREADY)
+        with contextlib.suppress(PermissionError):  # a session leader already
+            os.setpgid(0, 0)
+        _reset_signals()
+        role = "callbacks" if lane == Lane.HOOKS else f"worker {slot}"
+        set_title(f"mpworker: {role}{boot.label}")
+        _look_like_a_child(role.replace(" ", "-"))
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), 0)
+        this_worker = Worker(socket.socket(fileno=data), socket.socket(fileno=control), Lane(lane))
+        this_worker.serve(boot, prepared)
+        code = 0
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else 1
+    except BaseException:  # a fault in this very file: say so, the dispatcher sees the exit code
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+        _flush_streams()
+        os._exit(code)
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for name in _RESET:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a job runs there is nothing to interrupt
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _look_like_a_child(name: str) -> None:
+    # What multiprocessing's own bootstrap does for its children, minus the daemon flag: tasks may have children.
+    multiprocessing.process.current_process().name = name
+    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
+
+
+def main(data: str, control: str, slot: str, lane: str, dispatcher: str, *_: str) -> None:
+    """Entry of a worker in a fresh interpreter: the first frame on its line is BOOT."""
+    line = socket.socket(fileno=int(data))
+    reader = FrameReader("the dispatcher")
+    frames: list[Frame] = []
+    while not frames:
+        received = line.recv(min(CHUNK, reader.missing))
+        if not received:
+            raise SystemExit(EX_UNREADY)
+        frames = reader.feed(received)
+    boot = booting.load(frames[0].body)
+    become_worker(line.detach(), int(control), int(slot), int(lane), boot, int(dispatcher), prepared=False)

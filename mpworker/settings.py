@@ -1,0 +1,138 @@
+"""One frozen object that holds every ``mpworker_`` setting, read from Celery's configuration and the environment.
+
+Owns names, types, defaults and the wording of complaints. Never reads the environment at import, never creates a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mpworker.errors import ConfigurationError
+
+PREFIX = "mpworker_"
+ENV_PREFIX = "MPWORKER_"
+START_METHODS = ("auto", "fork", "forkserver", "spawn")
+FSYNC = ("off", "always")
+#: Environment names that are ours without being settings of a node.
+_OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND"}
+
+
+def default_data_dir() -> Path:
+    """``$XDG_STATE_HOME/mpworker``, or ``~/.local/state/mpworker``: private to the user, the same from every folder."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "mpworker"
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    parts: Iterable[str] = value.replace(",", " ").split() if isinstance(value, str) else value
+    names = tuple(str(part).strip() for part in parts)
+    for name in names:
+        if not all(piece.isidentifier() for piece in name.split(".")):
+            raise ValueError("must be dotted module names, separated by commas")
+    return names
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("must be a path")
+    return Path(value).expanduser().absolute()
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if isinstance(value, bool) or not 0 < seconds < 1e9:
+        raise ValueError("must be a number of seconds above 0")
+    return seconds
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return str(value)
+
+    return read
+
+
+def _setting(read: Callable[[Any], Any], default: Any = None, factory: Callable[[], Any] | None = None) -> Any:
+    metadata = {"read": read}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting of a node. Field ``x`` is the Celery key ``mpworker_x`` and the variable ``MPWORKER_X``."""
+
+    #: modules whose tasks and Models the worker runs
+    include: tuple[str, ...] = _setting(_names, ())
+    #: home of the embedded server and, by default, of the journal
+    data_dir: Path = _setting(_path, factory=default_data_dir)
+    #: folder of the JSONL files; ``None``: ``journal`` inside :attr:`data_dir`
+    journal: Path | None = _setting(_path)
+    #: ``off``: the kernel writes when it likes (survives any killed process); ``always``: fsync for each record
+    journal_fsync: str = _setting(_one_of(FSYNC), "off")
+    #: how worker processes start
+    start_method: str = _setting(_one_of(START_METHODS), "auto")
+    #: seconds that one ``callback`` or ``error_callback`` may run
+    callback_time_limit: float = _setting(_seconds, 60.0)
+    #: seconds that a child may take to import the application and to initialize
+    ready_timeout: float = _setting(_seconds, 120.0)
+
+    @property
+    def journal_dir(self) -> Path:
+        return self.journal or self.data_dir / "journal"
+
+    @classmethod
+    def load(cls, conf: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+        """Reads settings; the environment wins over ``conf``, an empty variable counts as unset.
+
+        Args:
+            conf: a mapping such as Celery's ``app.conf``; keys without the prefix are not looked at.
+            environ: default ``os.environ``.
+
+        Raises:
+            ConfigurationError: for an unknown ``mpworker_`` key or a value that does not fit.
+        """
+        conf = {} if conf is None else conf
+        environ = os.environ if environ is None else environ
+        known = {f.name: f.metadata["read"] for f in fields(cls)}
+        for key in conf:
+            if key.lower().startswith(PREFIX) and key.lower()[len(PREFIX) :] not in known:
+                raise ConfigurationError(f"unknown setting {key}{_suggest(key.lower(), (PREFIX + n for n in known))}")
+        values: dict[str, Any] = {}
+        for name, read in known.items():
+            variable, key = ENV_PREFIX + name.upper(), PREFIX + name
+            origin, raw = (variable, environ[variable]) if environ.get(variable) else (key, conf.get(key))
+            if raw is None or raw == "":
+                continue
+            try:
+                values[name] = read(raw)
+            except ValueError as exc:
+                raise ConfigurationError(f"{origin} {exc}, not {raw!r}") from None
+        return cls(**values)
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """One line for each ``MPWORKER_…`` variable that no setting reads: likely a typo, never worth refusing to start."""
+    environ = os.environ if environ is None else environ
+    known = {ENV_PREFIX + f.name.upper() for f in fields(Settings)} | _OTHER_ENV
+    return [
+        f"nothing reads the environment variable {name}{_suggest(name, known)}"
+        for name in sorted(environ)
+        if name.startswith(ENV_PREFIX) and name not in known
+    ]
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
