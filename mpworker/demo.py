@@ -36,7 +36,7 @@ _BLOCKS = (
 _TASK_SECONDS = 60
 _STALL_SECONDS = 120.0
 _END_SECONDS = 5.0
-_TICK = 0.1
+_TICK = 0.2
 _MGET = 500
 _LISTED = 10
 
@@ -165,9 +165,11 @@ class Demo:
     def _work(self, worker: NodeProcess) -> None:
         progress = Progress(total=len(self.files))
         with ProgressView(progress, title="files") as view:
-            for count, _ in enumerate(self._enqueue()):
-                if count % _MGET == 0:
+            looked = time.monotonic()
+            for _ in self._enqueue():
+                if time.monotonic() - looked > _TICK:
                     self._look(progress, view)
+                    looked = time.monotonic()
             done, changed = -1, time.monotonic()
             while not self._look(progress, view):
                 now = time.monotonic()

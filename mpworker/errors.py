@@ -5,6 +5,7 @@ MPWorkerError
 ├── BootError                   a child process could not get ready (also a ``BrokenExecutor``)
 ├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError``)
 ├── RemoteError                 an error from a child that cannot be rebuilt here; tells its type and text
+├── UnheardError                a classic model failed that has no ``error_callback``
 ├── ProtocolError               a peer sent bytes that are no frame
 ├── StoreError                  a result could not be written or read
 ├── SoftTimeLimitExceeded       raised *inside* a task that may still clean up
@@ -51,6 +52,10 @@ class RemoteError(MPWorkerError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class UnheardError(MPWorkerError):
+    """A task failed and has no ``error_callback`` that could hear it; the pool's log says so by name."""
 
 
 class ProtocolError(MPWorkerError):

@@ -69,14 +69,19 @@ class Guard:
         _ask_to_end(self.socket)
         server = self._start()
         problem = self._await_ready(server, deadline)
-        _report(problem or "ready")
         if problem:
             self._end()
-        else:
-            threading.Thread(target=self._await_last_user, daemon=True).start()
-            self._tend(server)
-        self._clean(last=not problem)
-        return 1 if problem else 0
+            self._clean()
+            self.lock.drop(GUARD)  # the starter removes the file if no other user has it
+            _report(problem)
+            return 1
+        _report("ready")
+        threading.Thread(target=self._await_last_user, daemon=True).start()
+        self._tend(server)
+        self._clean()
+        if self.lock.take(USERS):  # the kernel drops it when this process has ended
+            self.lock.path.unlink(missing_ok=True)
+        return 0
 
     def _become_only_guard(self, deadline: float) -> bool:
         while not self.lock.take(GUARD):
@@ -138,14 +143,12 @@ class Guard:
             server.kill()
             server.wait()
 
-    def _clean(self, last: bool) -> None:
-        """Leaves only data behind. The lock file is removed only by who holds all of it; the kernel drops the locks."""
+    def _clean(self) -> None:
+        """Leaves only data behind."""
         self.socket.unlink(missing_ok=True)
         if self.socket.parent != self.data_dir:
             with suppress(OSError):
                 self.socket.parent.rmdir()
-        if last and self.lock.take(USERS):
-            self.lock.path.unlink(missing_ok=True)
 
 
 def _report(line: str) -> None:

@@ -28,6 +28,8 @@ class Boot(NamedTuple):
     preload: bytes
     #: likewise, run in each worker process
     initializer: bytes
+    #: likewise, when a worker leaves in peace
+    finalizer: bytes
     #: pickled callable: seconds → the exception that the soft limit raises
     soft_error: bytes
     #: appended to process titles
@@ -41,6 +43,7 @@ def describe(
     *,
     preload: Call | None = None,
     initializer: Call | None = None,
+    finalizer: Call | None = None,
     soft_error: Callable[[float], BaseException] = SoftTimeLimitExceeded,
     label: str = "",
     import_main: bool = True,
@@ -50,6 +53,7 @@ def describe(
     Args:
         preload: imports the application; its memory is shared by the workers where they are forked.
         initializer: run in each worker; may open connections.
+        finalizer: run in each worker that leaves in peace.
         soft_error: makes the exception that the soft limit raises.
         label: shown in ``ps`` behind the role.
         import_main: whether children import the parent's ``__main__`` (as ``__mp_main__``), so that functions
@@ -68,6 +72,7 @@ def describe(
         _preparation(import_main),
         pack(preload, "the preload") if preload else b"",
         pack(initializer, "the initializer") if initializer else b"",
+        pack(finalizer, "the finalizer") if finalizer else b"",
         pack(soft_error, "the soft limit's exception"),
         label,
     )

@@ -5,10 +5,14 @@ Owns the choice between ``callback`` and ``error_callback``. Never runs in the p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from mpworker.errors import UnheardError
 from mpworker.pool.parcel import open_outcome, pack, unpack
+
+logger = logging.getLogger("mpworker.callbacks")
 
 Callback = Callable[[Any], object]
 
@@ -38,3 +42,15 @@ def run(hooks: bytes, flag: int, body: bytes) -> None:
     chosen = fitting.callback if succeeded else fitting.error_callback
     if chosen is not None:
         chosen(value)
+
+
+def log_hook_failure(task: str, error: BaseException) -> None:
+    """In the parent: says that a callback raised, hung or crashed.
+
+    Args:
+        task: the name and id of the task it belongs to.
+    """
+    if isinstance(error, UnheardError):
+        logger.error("%s failed and has no error_callback: %s", task, error)
+    else:
+        logger.error("a callback of %s failed: %s: %s", task, type(error).__name__, error, exc_info=error)

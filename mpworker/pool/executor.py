@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from mpworker.errors import BootError, ConfigurationError
 from mpworker.pool import handle as handles
-from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.callbacks import Callback, log_hook_failure, pack_hooks
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle, PoolOptions
 from mpworker.pool.parcel import name_of, open_outcome, pack_call
@@ -31,7 +31,6 @@ from mpworker.settings import START_METHODS
 
 T = TypeVar("T")
 logger = logging.getLogger("mpworker.pool")
-_callback_logger = logging.getLogger("mpworker.callbacks")
 _COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
 _live: weakref.WeakSet[_Core] = weakref.WeakSet()
 
@@ -59,7 +58,7 @@ class TaskFuture(Future[Any]):
             # The base class refuses to cancel what runs; here it can be ended.
             self._state = "CANCELLED"
             self._condition.notify_all()
-        self._invoke_callbacks()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
         self.set_running_or_notify_cancel()
         self._core.handle.cancel(self.job, signal.SIGTERM)
         self._core.wake()
@@ -163,8 +162,7 @@ class _Core:
         name = self.names.pop(frame.job, "?")
         succeeded, error = open_outcome(frame.flag, frame.body)
         if not succeeded:
-            kind = type(error).__name__
-            _callback_logger.error("a callback of %s[%s] failed: %s: %s", name, frame.job, kind, error, exc_info=error)
+            log_hook_failure(f"{name}[{frame.job}]", error)
 
     def _fail_all(self, error: BaseException) -> None:
         while self.futures:
@@ -325,7 +323,7 @@ class ProcessPool(Executor):
                 if not _live:
                     atexit.register(_end_live_pools)
                 _live.add(core)
-                weakref.finalize(self, core.close).atexit = False  # type: ignore[misc]
+                weakref.finalize(self, core.close).atexit = False
             return self._core
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

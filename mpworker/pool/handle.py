@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -302,18 +301,19 @@ class Handle:
             self.flush()
         return bool(found)
 
-    def take_back(self, timeout: float) -> Iterator[Frame]:
-        """Cancels what has not started and yields events until the dispatcher has confirmed that.
+    def take_back(self) -> int:
+        """Cancels what has not started: their ENDED events follow, then :meth:`has_taken_back` says so.
 
-        Args:
-            timeout: seconds to wait for it at most.
+        Returns:
+            a token for :meth:`has_taken_back`.
         """
         token = next(self._ids)
         self._send(encode(Kind.FLUSH, token))
-        deadline = time.monotonic() + timeout
-        while self._flushed < token and self.fileno() >= 0 and time.monotonic() < deadline:
-            self.wait(deadline - time.monotonic())
-            yield from self.drain()
+        return token
+
+    def has_taken_back(self, token: int) -> bool:
+        """Whether everything unstarted when :meth:`take_back` was called has had its event (or the pool has ended)."""
+        return self._flushed >= token or self.fileno() < 0
 
 
 def boot_error(frame: Frame) -> BootError:

@@ -150,7 +150,7 @@ class Ledger:
     def _enqueue(self, job: Job, now: float) -> None:
         book = self._lanes[job.lane]
         book.queue.append(job)
-        if not book.size:  # the callbacks' lane opens on first need
+        if book.lane is Lane.HOOKS and not book.size:  # opens on first need
             book.size = 1
             self._balance(book, now)
         if book.idle:
@@ -357,9 +357,9 @@ class Ledger:
         book = self._lanes[worker.lane]
         book.workers.pop(worker.id, None)
         book.idle.pop(worker.id, None)
-        for job in reversed(worker.jobs):
-            if job is not worker.running:
-                self._requeue(job, now)
+        for waiting in reversed(worker.jobs):
+            if waiting is not worker.running:
+                self._requeue(waiting, now)
         job = worker.running
         if job is not None:
             if job.verdict is not None and "why" in job.verdict[1] and not worker.killed:

@@ -57,6 +57,8 @@ def unpack(data: bytes, what: str) -> Any:
 
 def name_of(fn: object) -> str:
     """A readable name for a callable or a class, for messages."""
+    if own := getattr(fn, "task_name", None):
+        return str(own)
     inner = getattr(fn, "func", None)
     if inner is not None and not hasattr(fn, "__qualname__"):  # functools.partial
         return name_of(inner)

@@ -59,10 +59,11 @@ class Worker:
         data: line for frames, blocking.
         control: line that only the watchdog reads.
         lane: whose jobs it runs.
+        slot: its number in the pool, which its replacement inherits.
     """
 
-    def __init__(self, data: socket.socket, control: socket.socket, lane: Lane) -> None:
-        self.data, self.lane = data, lane
+    def __init__(self, data: socket.socket, control: socket.socket, lane: Lane, slot: int) -> None:
+        self.data, self.lane, self.slot = data, lane, slot
         #: guards inbox, current, revoked, doomed: the boundary between two jobs
         self.gate = threading.Lock()
         self.inbox: deque[Frame] = deque()
@@ -99,6 +100,9 @@ class Worker:
         self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
         while (frame := self._next()) is not None:
             self._execute(frame)
+        if boot.finalizer:
+            function, args = pickle.loads(boot.finalizer)
+            function(*args)
 
     def _next(self) -> Frame | None:
         """The next job; blocks. ``None`` when there will be none."""
@@ -269,6 +273,11 @@ class Worker:
 this_worker: Worker | None = None
 
 
+def process_name() -> str:
+    """``worker-N`` or ``callbacks``, as :mod:`multiprocessing` and its log records know this process."""
+    return multiprocessing.process.current_process().name
+
+
 def _unpack_call(body: bytes) -> Any:
     try:
         return pickle.loads(body)
@@ -307,7 +316,7 @@ def become_worker(
         _look_like_a_child(role.replace(" ", "-"))
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
-        this_worker = Worker(socket.socket(fileno=data), socket.socket(fileno=control), Lane(lane))
+        this_worker = Worker(socket.socket(fileno=data), socket.socket(fileno=control), Lane(lane), slot)
         this_worker.serve(boot, prepared)
         code = 0
     except SystemExit as exc:

@@ -1,0 +1,299 @@
+"""The result backend ``mpworker+redis://``: Celery's Redis backend with the local journal in front of it.
+
+Owns the order "journal first, Redis behind", the rule that nothing overwrites a SUCCESS (one script in Redis keeps it),
+and how long a task may be held up by a Redis that does not answer. Never reads results back (that is Celery's code,
+unchanged, as are groups, chords, ``forget`` and waiting), never retries later (that is the shipper's).
+
+A process writes a journal when its node has called :func:`enable_journal`, or, elsewhere, when ``mpworker_journal`` or
+``MPWORKER_JOURNAL`` names a folder. Without one this is Celery's backend and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from typing import Any
+
+from celery import states
+from celery.backends.redis import RedisBackend
+from celery.exceptions import BackendStoreError
+from celery.utils.log import get_logger
+from kombu.exceptions import KombuError
+from kombu.utils.objects import cached_property
+from redis import exceptions as redis_errors
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from mpworker.errors import ConfigurationError, StoreError
+from mpworker.results.journal import Journal, Place
+from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
+from mpworker.settings import Settings
+
+logger = get_logger(__name__)
+
+#: Seconds that one exchange with Redis may take when the journal holds the record anyway.
+REDIS_TIMEOUT = 3.0
+#: After a failure slower than this (seconds), Redis is left alone for a multiple of the time lost, up to a maximum.
+_SLOW, _PAUSE_FACTOR, _PAUSE_MAX = 0.5, 5.0, 15.0
+#: Seconds between two warnings of one kind from one process.
+_WARN_EVERY = 10.0
+
+_SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "valkey": "redis",
+    "valkeys": "rediss",
+    "socket": "socket",
+    "unix": "socket",
+    "redis+socket": "socket",
+    "redis+unix": "socket",
+}
+
+#: KEYS: the task's key. ARGV: payload, seconds to live (0: for ever).
+#: Returns 1: stored; 0: there was a SUCCESS, left alone; -1: what is there is no JSON, nothing done.
+_STORE = """
+local old = redis.call('GET', KEYS[1])
+if old and old ~= ARGV[1] then
+    local readable, meta = pcall(cjson.decode, old)
+    if not readable or type(meta) ~= 'table' then
+        return -1
+    end
+    if meta['status'] == 'SUCCESS' then
+        return 0
+    end
+end
+if tonumber(ARGV[2]) > 0 then
+    redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+else
+    redis.call('SET', KEYS[1], ARGV[1])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+return 1
+"""
+
+_node_journal: Journal | None = None
+
+
+def enable_journal(settings: Settings, hostname: str) -> Journal:
+    """Makes every result that this process stores go to the node's journal first.
+
+    To be called by the main process and by each child that stores results.
+
+    Args:
+        hostname: the node's name, such as ``celery@host``.
+
+    Raises:
+        ConfigurationError: the journal folder cannot be written.
+    """
+    global _node_journal
+    journal = Journal(settings.journal_dir, hostname, settings.journal_fsync)
+    journal.prepare()
+    disable_journal()
+    _node_journal = journal
+    return journal
+
+
+def disable_journal() -> None:
+    """Undoes :func:`enable_journal`."""
+    global _node_journal
+    if _node_journal is not None:
+        _node_journal.close()
+        _node_journal = None
+
+
+def journal_for(app: Any) -> Journal | None:
+    """The journal of this process: its node's, or the one that the application's configuration names, or none.
+
+    Raises:
+        ConfigurationError: a journal is named, and an ``mpworker_`` setting is wrong.
+    """
+    return _node_journal or _named_journal(app)
+
+
+def _named_journal(app: Any) -> Journal | None:
+    if not (os.environ.get("MPWORKER_JOURNAL") or app.conf.get("mpworker_journal")):
+        return None
+    settings = Settings.load(app.conf)
+    return Journal(settings.journal_dir, f"client@{socket.gethostname()}", settings.journal_fsync)
+
+
+class _Warnings:
+    """Logs at most one warning in ``_WARN_EVERY`` seconds and counts the others."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self.silent = 0
+
+    def warn(self, text: str, *args: object) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            self.silent += 1
+            return
+        more = f"; {self.silent} more since the last such line" if self.silent else ""
+        self._next, self.silent = now + _WARN_EVERY, 0
+        logger.warning(text + "%s", *args, more)
+
+
+class ResultBackend(RedisBackend):  # type: ignore[misc]
+    """Celery's Redis backend behind a journal.
+
+    Raises:
+        ConfigurationError: the URL is none that it knows, or an ``mpworker_`` setting is wrong.
+    """
+
+    def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, url=_redis_url(url), **kwargs)
+        except ConfigurationError:
+            raise
+        except ValueError as exc:
+            shown, reason = re.sub(r"//.*@", "//**@", url or ""), " ".join(str(exc).split())
+            raise ConfigurationError(f"result backend URL {shown}: {reason}") from exc
+        self._outages = (redis_errors.RedisError, OSError, *self.connection_errors)
+        self._named = _named_journal(self.app)
+        self._redis_warnings, self._journal_warnings = _Warnings(), _Warnings()
+        self._left_alone_until = 0.0
+        self._unshipped = 0
+        #: one script decides; False where payloads are no JSON or the server refuses scripts
+        self._scripted = self.content_type == "application/json" and not self.compression
+
+    def as_uri(self, include_password: bool = False) -> str:
+        """The URL that leads back to this class."""
+        return f"mpworker+{super().as_uri(include_password) or 'redis://'}"
+
+    def store_result(
+        self, task_id: Any, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        """Stores a state change: one line in the journal, then Redis.
+
+        With a journal, a Redis that is down, slow, full or read-only costs a few seconds at most and raises nothing:
+        the line stays marked as not shipped. Without one, and when it cannot be written, Celery's rules apply.
+
+        Raises:
+            BackendStoreError: the encoded result is larger than Redis can hold.
+        """
+        journal = _node_journal or self._named
+        if journal is None:
+            return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
+        encoded = self.encode_result(result, state)
+        meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=request)
+        meta["task_id"] = task_id.decode() if isinstance(task_id, bytes) else task_id
+        payload = self.encode(meta)
+        if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
+            raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
+        message = describe(result) if isinstance(result, BaseException) else ""
+        record = self._record(meta, message, payload, request, journal.node)
+        try:
+            place = journal.append(record)
+        except StoreError as exc:
+            self._journal_warnings.warn("result of task %s goes to Redis only: %s", record.task_id, exc)
+            return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
+        self._ship(journal, place, record)
+        return encoded
+
+    def _record(self, meta: dict[str, Any], message: str, payload: str | bytes, request: Any, node: str) -> Record:
+        task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
+        finished = state in states.READY_STATES or state == states.RETRY
+        expires = self.failure_expires if state == states.FAILURE else self.expires
+        return Record(
+            task_id=task_id,
+            name=getattr(request, "task", None),
+            status=state,
+            message=message,
+            result=meta["result"],
+            traceback=None if traceback is None else str(traceback),
+            runtime=runtime_of(task_id) if finished else None,
+            hostname=getattr(request, "hostname", None) or node,
+            retries=getattr(request, "retries", None) or 0,
+            key=self.get_key_for_task(task_id).decode(),
+            payload=payload,
+            expires=(self.expires if expires is None else expires) or None,
+        )
+
+    def _ship(self, journal: Journal, place: Place, record: Record) -> None:
+        begun = time.monotonic()
+        if begun < self._left_alone_until:
+            self._unshipped += 1
+            return
+        try:
+            digit = self._put(record)
+        except self._outages as exc:
+            took = time.monotonic() - begun
+            if took > _SLOW:
+                self._left_alone_until = begun + took + min(took * _PAUSE_FACTOR, _PAUSE_MAX)
+            self._unshipped += 1
+            self._redis_warnings.warn(
+                "result of task %s (%s) is in the journal, marked as not shipped, because Redis did not take it: %s",
+                *(record.task_id, record.name, describe(exc)),
+            )
+            return
+        journal.mark(place, digit)
+        if self._unshipped:
+            logger.info("Redis takes results again; %d of this process were left to the journal", self._unshipped)
+            self._unshipped = 0
+
+    @cached_property
+    def _quick_client(self) -> Any:
+        """A client that gives up soon: what it writes is in the journal already."""
+        params = dict(self.connparams)
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            if name in params:
+                params[name] = min(params[name] or REDIS_TIMEOUT, REDIS_TIMEOUT)
+        # One immediate retry mends a connection that a restarted server has closed; a timeout is not tried again.
+        params.update(retry_on_timeout=False, retry=Retry(NoBackoff(), 1, (redis_errors.ConnectionError,)))
+        return self._create_client(**params)
+
+    @cached_property
+    def _store_script(self) -> Any:
+        return self._quick_client.register_script(_STORE)
+
+    def _put(self, record: Record) -> bytes:
+        """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal."""
+        if self._scripted:
+            try:
+                reply = self._store_script(keys=[record.key], args=[record.payload, record.expires or 0])
+            except redis_errors.ResponseError as exc:
+                if not _refuses_scripts(exc):
+                    raise
+                logger.warning("Redis refuses scripts (%s); results are written without, in three steps", exc)
+                self._scripted = False
+            else:
+                if reply >= 0:
+                    return SHIPPED if reply else SUPERSEDED
+        return self._put_plainly(record)
+
+    def _put_plainly(self, record: Record) -> bytes:
+        current = self._quick_client.get(record.key)
+        if current and self._says_success(current):
+            return SUPERSEDED
+        with self._quick_client.pipeline() as pipe:
+            pipe.set(record.key, record.payload, ex=record.expires)
+            pipe.publish(record.key, record.payload)
+            pipe.execute()
+        return SHIPPED
+
+    def _says_success(self, payload: Any) -> bool:
+        try:
+            return bool(self.decode(payload)["status"] == states.SUCCESS)
+        except (KombuError, KeyError, TypeError, ValueError) as exc:
+            # Another serializer wrote it, so no reader of this application can read it either: it may be replaced.
+            self._redis_warnings.warn("an unreadable result in Redis is replaced: %s", describe(exc))
+            return False
+
+
+def _refuses_scripts(exc: redis_errors.ResponseError) -> bool:
+    return isinstance(exc, redis_errors.NoPermissionError) or "unknown command" in str(exc).lower()
+
+
+def _redis_url(url: str | None) -> str | None:
+    """The URL as Celery's backend knows it; ``redis+socket`` and the like become ``socket``."""
+    if url is None or "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    known = _SCHEMES.get(scheme.lower())
+    if known is None:
+        examples = "mpworker+redis://host:6379/0, mpworker+rediss://... or mpworker+socket:///path"
+        raise ConfigurationError(f"result backend URL {scheme}://... is not known here; use {examples}")
+    return f"{known}://{rest}"

@@ -1,0 +1,286 @@
+"""What a child of a Celery node does: find the app, become a Celery worker process, run the target, call its hooks.
+
+Owns everything that happens inside worker processes and the callback process on Celery's behalf. Never runs in the main
+process, except for :func:`describe_app`, which tells the children where to look.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import billiard.process
+from billiard.common import REMAP_SIGTERM, TERM_SIGNAME
+from billiard.exceptions import SoftTimeLimitExceeded
+from celery import Celery, signals
+from celery._state import _set_task_join_will_block, get_current_task
+from celery.app import base as app_base
+from celery.app import trace
+from celery.utils.imports import cwd_in_path
+from celery.utils.log import ColorFormatter, get_logger
+from celery.worker import state as worker_state
+
+from mpworker import logs
+from mpworker.celery.models import register_models
+from mpworker.pool import worker as pool_worker
+from mpworker.pool.callbacks import pack_hooks
+from mpworker.pool.facts import Lane
+from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
+from mpworker.results.record import task_begins, task_ends
+
+CALLBACK, ERROR_CALLBACK = "callback", "error_callback"
+
+
+class AppSpec(NamedTuple):
+    """Where a child finds the app."""
+
+    #: ``(module, attribute)``, or ``None``: then the pickled app has to do, as in Celery's own spawned children
+    place: tuple[str, str] | None
+    pickled: bytes
+    #: settings that the command line or the program changed after the app was defined
+    changes: dict[str, Any]
+    #: task modules beyond the configuration's
+    include: tuple[str, ...]
+
+    @property
+    def in_main(self) -> bool:
+        """The app is defined in the script itself, which children then import as ``__mp_main__``."""
+        return self.place is not None and self.place[0] == "__main__"
+
+
+def describe_app(app: Celery) -> AppSpec:
+    """Tells where ``app`` is defined by looking for the module that holds it."""
+    app = app._get_current_object() if hasattr(app, "_get_current_object") else app
+    place = _place_of(app)
+    pickled = b"" if place else pickle.dumps(app)
+    changes = {key: value for key, value in app.conf.changes.items() if _plain(value)}
+    return AppSpec(place, pickled, changes, tuple(app.conf.include or ()))
+
+
+def _place_of(app: Celery) -> tuple[str, str] | None:
+    if getattr(sys.modules.get("mpworker"), "app", None) is app:
+        return "mpworker", "app"
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] in ("celery", "mpworker", "kombu"):
+            continue
+        try:
+            names = [attribute for attribute, value in vars(module).items() if value is app]
+        except TypeError:
+            continue
+        if names:
+            return name, names[0]
+    return None
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | tuple | list | dict)
+
+
+def load(spec: AppSpec) -> None:
+    """Finds the app in this fresh process and imports its task modules."""
+    with cwd_in_path():  # as ``celery -A`` does
+        app = _find(spec)
+        app.set_current()
+        app.set_default()
+        app.loader.init_worker()
+        for name in spec.include:
+            app.loader.import_task_module(name)
+        register_models(app)
+        app.finalize()
+    for fixup in app._fixups or ():  # Django's waits for a signal that only a main process sends
+        if hasattr(fixup, "on_worker_init"):
+            fixup.on_worker_init()
+    global _app
+    _app = app
+
+
+def _find(spec: AppSpec) -> Celery:
+    if spec.place is None:
+        os.environ["FORKED_BY_MULTIPROCESSING"] = "1"  # what Celery looks at when tasks bind to an app that was pickled
+        app_base.USING_EXECV = True
+        return pickle.loads(spec.pickled)
+    module, attribute = spec.place
+    app = getattr(import_module(module), attribute)
+    app = app._get_current_object() if hasattr(app, "_get_current_object") else app
+    for key, value in spec.changes.items():
+        if app.conf.get(key) != value:
+            app.conf[key] = value
+    return app
+
+
+_app: Celery | None = None
+_hostname: str | None = None
+
+
+def adopt(app: Celery) -> None:
+    """For children that are forks of the main process: the app is there already."""
+    global _app
+    _app = app
+
+
+def initialize(hostname: str, journal: bool) -> None:
+    """Makes this process a Celery worker process, step by step as prefork's own initializer.
+
+    Args:
+        hostname: the node's name.
+        journal: results go to the node's journal first.
+    """
+    global _hostname
+    app, _hostname = _app, hostname
+    assert app is not None
+    worker = pool_worker.this_worker
+    _set_task_join_will_block(True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if REMAP_SIGTERM:
+        signal.signal(getattr(signal, TERM_SIGNAME), signal.SIG_IGN)
+    process = billiard.process.current_process()
+    process._name = pool_worker.process_name()
+    process.index = worker.slot if worker is not None and worker.lane is Lane.TASKS else -1
+    app.loader.init_worker()
+    app.loader.init_worker_process()
+    _set_up_logging(app, hostname)
+    trace.setup_worker_optimizations(app, hostname)
+    if journal:
+        from mpworker.celery.app import settings_of
+        from mpworker.celery.backend import enable_journal
+
+        enable_journal(settings_of(app), hostname)
+    signals.task_success.connect(_on_success, weak=False, dispatch_uid="mpworker.success")
+    signals.task_failure.connect(_on_failure, weak=False, dispatch_uid="mpworker.failure")
+    for name, task in app.tasks.items():
+        task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
+    worker_state.reset_state()
+    if worker is not None and worker.lane is Lane.TASKS:
+        signals.worker_process_init.send(sender=hostname)
+
+
+def finish(exitcode: int) -> None:
+    """The last thing a worker process does when it leaves in peace."""
+    signals.worker_process_shutdown.send(sender=_hostname, pid=os.getpid(), exitcode=exitcode)
+
+
+def _set_up_logging(app: Celery, hostname: str) -> None:
+    logfile = os.environ.get("CELERY_LOG_FILE") or None
+    if logfile and "%i" in logfile.lower():
+        app.log.already_setup = False
+    app.log.setup(
+        int(os.environ.get("CELERY_LOG_LEVEL") or 0),
+        logfile,
+        bool(os.environ.get("CELERY_LOG_REDIRECT")),
+        os.environ.get("CELERY_LOG_REDIRECT_LEVEL") or "WARNING",
+        hostname=hostname,
+    )
+    keep_logs_whole()
+    for logger in (logging.getLogger(), get_logger("celery")):
+        for handler in logger.handlers:
+            formatter = handler.formatter
+            if isinstance(formatter, ColorFormatter) and "task_id" not in (formatter._fmt or ""):
+                handler.setFormatter(_TaskFormatter(formatter))
+
+
+def keep_logs_whole() -> None:
+    """Celery's log handlers, of this process, write each record in one piece from here on."""
+    names = ("celery", "celery.task", "celery.redirected")
+    logs.make_whole([logging.getLogger(), *(get_logger(name) for name in names)])
+
+
+class _TaskFormatter(ColorFormatter):  # type: ignore[misc]
+    """Celery's format for a worker's lines, with the task's name and id before each message of a running task."""
+
+    def __init__(self, like: ColorFormatter) -> None:
+        super().__init__(like._fmt, use_color=like.use_color)
+        self.datefmt, self.default_msec_format = like.datefmt, like.default_msec_format
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        task = get_current_task()
+        task_id = task.request.id if task is not None and task.request else None
+        if task_id and task_id not in record.message:
+            record.message = f"{task.name}[{task_id}]: {record.message}"
+        return str(super().formatMessage(record))
+
+
+# -- one task ----------------------------------------------------------------------------------------------------------
+
+_task_id: str | None = None
+
+
+def run(target: Callable[..., Any], *args: Any) -> Any:
+    """Runs Celery's trace function for one message; ``args`` are the task's name, its id, and what else Celery gave."""
+    global _task_id
+    _task_id = args[1] if len(args) > 1 else None
+    if _task_id is None:
+        return target(*args)
+    task_begins(_task_id)
+    try:
+        return target(*args)
+    finally:
+        task_ends()
+        _task_id = None
+
+
+def soft_limit_error(limit: float | None) -> BaseException:
+    """What the soft limit raises in a Celery task."""
+    error: BaseException = SoftTimeLimitExceeded(*([limit] if limit else []))
+    return error
+
+
+# -- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+def hooks_of(task: Any) -> bytes:
+    """The packed callbacks of a task, by name, so that the callback process finds them in its own registry."""
+    if not any(find_hook(task, which) for which in (CALLBACK, ERROR_CALLBACK)):
+        return b""
+    return pack_hooks(partial(call_hook, task.name, CALLBACK), partial(call_hook, task.name, ERROR_CALLBACK))
+
+
+def find_hook(task: Any, which: str) -> Callable[[Any], object] | None:
+    """What ``@app.task(callback=…)`` was given, or a method of that name in a task class."""
+    raw = inspect.getattr_static(task, which, None)
+    if raw is None:
+        return None
+    if inspect.isfunction(raw) and not raw.__qualname__.endswith(f".{which}"):
+        return raw  # an option, which Celery keeps as a class attribute: not to be bound to the task
+    hook = getattr(task, which)
+    return hook if callable(hook) else None
+
+
+def call_hook(name: str, which: str, value: Any) -> None:
+    """In the callback process: calls the hook of a task, if it has that one."""
+    assert _app is not None
+    hook = find_hook(_app.tasks[name], which)
+    if hook is not None:
+        hook(value)
+
+
+def _on_success(sender: Any, result: Any = None, **_: Any) -> None:
+    if _is_current(sender) and (hooks := hooks_of(sender)):
+        _call(hooks, *pack_outcome(result))
+
+
+def _on_failure(sender: Any, exception: BaseException, **_: Any) -> None:
+    if _is_current(sender) and (hooks := hooks_of(sender)):
+        _call(hooks, Outcome.ERROR, pack_error(exception))
+
+
+def _is_current(task: Any) -> bool:
+    # Tasks that this one runs eagerly send the same signals.
+    return _task_id is not None and task.request.id == _task_id
+
+
+def _call(hooks: bytes, flag: Outcome, body: bytes) -> None:
+    if pool_worker.this_worker is not None:
+        pool_worker.this_worker.call_hooks(hooks, flag, body)
+
+
+def without_arguments(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a request without the decoded arguments: the child decodes the message's body itself."""
+    return {key: value for key, value in request.items() if key not in ("args", "kwargs")}

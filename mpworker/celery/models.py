@@ -1,0 +1,53 @@
+"""``Model`` subclasses as Celery tasks: one task per class, named by its dotted path.
+
+Owns the registration and the app that ``MultiProcess(broker=…)`` sends with. Looks only at modules that the configuration
+includes and that are imported already; imports none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+
+from celery import Celery
+
+from mpworker.celery.app import journal_url, kombu_url
+from mpworker.model import Model, ModelCall, dotted_name
+
+
+def register_models(app: Celery) -> None:
+    """Makes a task of each concrete ``Model`` subclass that an included module defines. Idempotent."""
+    modules = {*(app.conf.include or ()), *(app.conf.imports or ()), *app.loader.task_modules}
+    for name in sorted(modules):
+        for model in vars(sys.modules.get(name, object)).values():
+            if isinstance(model, type) and issubclass(model, Model) and model.__module__ == name:
+                if not inspect.isabstract(model) and dotted_name(model) not in app.tasks:
+                    _register(app, model)
+
+
+def _register(app: Celery, model: type[Model]) -> None:
+    call = ModelCall(dotted_name(model))
+
+    def runnable(*args: object) -> object:
+        return model().runnable(*args)
+
+    app.task(
+        name=call.task_name,
+        shared=False,
+        lazy=False,
+        callback=partial(call.call_hook, "callback"),
+        error_callback=partial(call.call_hook, "error_callback"),
+    )(runnable)
+
+
+def client(broker: str) -> Celery:
+    """An app that sends tasks to ``broker`` and, if that is Redis, reads their results there. Connects to nothing."""
+    results = journal_url(kombu_url(broker))
+    readable = isinstance(results, str) and results.startswith("mpworker+")
+    return Celery(
+        "mpworker.model",
+        broker=kombu_url(broker),
+        backend=results.removeprefix("mpworker+") if readable else None,
+        set_as_current=False,
+    )

@@ -1,0 +1,498 @@
+"""``mpworker.celery.pool:TaskPool``: the engine as Celery's worker sees it.
+
+Owns the translation between Celery's calls and callbacks and the handle's jobs and events. Never forks in the main process,
+never lets an error out into Celery's event loop, never decides about a task: that is Celery's ``Request``.
+
+With an event loop (Redis, RabbitMQ) results are read and callbacks run inside it; without one (the filesystem transport)
+one supervisor thread does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery import Celery, signals
+from celery.concurrency.base import BasePool
+from celery.worker import state as worker_state
+
+from mpworker.celery import child
+from mpworker.celery.app import settings_of
+from mpworker.celery.models import register_models
+from mpworker.errors import ConfigurationError, PayloadError
+from mpworker.pool import handle as handles
+from mpworker.pool.callbacks import log_hook_failure
+from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.parcel import Outcome, open_outcome, pack_call, pack_error
+from mpworker.states import JobState
+
+logger = logging.getLogger("mpworker.pool")
+
+#: Exit code of a node whose workers cannot start (sysexits.h: EX_SOFTWARE).
+EX_BROKEN = 70
+#: Seconds between the signal of ``revoke(terminate=True)`` and SIGKILL, for the signals that ask a process to end.
+TERMINATE_GRACE = 3.0
+_ASK_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT})
+#: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
+_TAKE_BACK_TIMEOUT = 1.0
+#: Names of tasks kept for the log of their callbacks.
+_MAX_NAMES = 10_000
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
+
+
+class Job:
+    """One message in the pool: what Celery wants to hear about it."""
+
+    __slots__ = ("__weakref__", "callbacks", "id", "limits", "name", "pid", "pool", "started", "task_id", "terminated")
+
+    def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
+        self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
+        self.id = pool.handle.next_id()
+        self.pid = 0
+        self.terminated = 0
+
+    def terminate(self, signum: int) -> None:
+        """Ends this job, wherever it is, and no other. Called by Celery's ``Request``."""
+        if not self.terminated:
+            self.terminated = int(signum)
+            self.pool.handle.cancel(self.id, self.terminated, TERMINATE_GRACE if signum in _ASK_TO_END else 0.0)
+
+
+class TaskPool(BasePool):  # type: ignore[misc]
+    """A pool of supervised processes for a Celery worker; see ``celery.concurrency.base.BasePool``."""
+
+    #: Then Celery holds surplus messages back, and a revoked or expired one among them never runs.
+    uses_semaphore = True
+    task_join_will_block = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit: int = int(kwargs.get("limit", args[0] if args else 0) or 0)
+        self._threads = bool(self.options.get("threads", True))
+        self._semaphore = self.options.get("semaphore")
+        self._timeouts = self.options.get("soft_timeout") or 0.0, self.options.get("timeout") or 0.0
+        self._jobs: dict[int, Job] = {}
+        self._events: deque[Frame] = deque()
+        self._names: dict[int, str] = {}
+        self._hub: Any = None
+        self._writer: int | None = None
+        self._watched: tuple[int, int] | None = None
+        self._pumping = threading.RLock()
+        self._stopping = False
+        self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
+        self.handle: handles.Handle = self._make_handle()
+
+    def _make_handle(self) -> handles.Handle:
+        app: Celery = self.app
+        hostname = (self.options.get("initargs") or (None, ""))[1]
+        try:
+            settings = settings_of(app)
+        except ConfigurationError as exc:
+            raise SystemExit(f"mpworker: {exc}") from None
+        self._settings = settings
+        register_models(app)
+        spec = child.describe_app(app)
+        forked = settings.start_method == "fork"
+        if forked:
+            child.adopt(app)
+        return handles.make(
+            handles.PoolOptions(
+                size=self.limit,
+                start_method=settings.start_method,
+                ready_timeout=settings.ready_timeout,
+                callback_limit=settings.callback_time_limit,
+                max_tasks=self.options.get("maxtasksperchild") or 0,
+                max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
+                label=f" ({hostname})" if hostname else "",
+            ),
+            preload=None if forked else (child.load, (spec,)),
+            initializer=(child.initialize, (hostname, str(app.conf.result_backend or "").startswith("mpworker+"))),
+            finalizer=(child.finish, (0,)),
+            soft_error=child.soft_limit_error,
+            import_main=spec.in_main,
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def on_start(self) -> None:
+        """Starts the processes and waits until the first one is ready.
+
+        Raises:
+            SystemExit: the workers cannot start; the reason has been logged.
+        """
+        child.keep_logs_whole()
+        signals.task_failure.connect(self._on_failure_here, weak=True)
+        signals.task_revoked.connect(self._on_revoked_here, weak=True)
+        signals.worker_before_create_process.send(sender=self)
+        self.handle.start()
+        deadline = time.monotonic() + self._settings.ready_timeout + 5.0
+        while self.limit and not self.handle.ready and not self.handle.finished and time.monotonic() < deadline:
+            self.handle.wait(0.5)
+            self._pump()
+        if self.limit and not self.handle.ready:
+            self.handle.kill()
+            raise SystemExit(EX_BROKEN)
+        if self._threads:
+            threading.Thread(target=self._supervise, name="mpworker-results", daemon=True).start()
+
+    def did_start_ok(self) -> bool:
+        return self.handle.ready or not self.limit
+
+    def on_close(self) -> None:
+        self._stopping = True
+
+    def on_stop(self) -> None:
+        """Warm: lets started jobs finish, hears their results, sends their acks. May be entered again by a signal."""
+        self._stopping = True
+        self.flush()
+        self.handle.close()
+        while not self.handle.finished and self.handle.fileno() >= 0:
+            self._step(0.2)
+            self._keep_connection_alive()
+        self._pump()
+        self._keep_connection_alive()
+        self._disconnect()
+
+    def on_terminate(self) -> None:
+        """Cold: ends everything at once."""
+        self._stopping = True
+        self._disconnect()
+        self.handle.kill()
+
+    def _disconnect(self) -> None:
+        signals.task_failure.disconnect(self._on_failure_here)
+        signals.task_revoked.disconnect(self._on_revoked_here)
+        self._unwatch()
+
+    def flush(self) -> None:
+        """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""
+        token = self.handle.take_back()
+        deadline = time.monotonic() + _TAKE_BACK_TIMEOUT
+        while not self.handle.has_taken_back(token) and time.monotonic() < deadline:
+            self._step(0.05)
+
+    def _step(self, patience: float) -> None:
+        """Waits a little, hears events: here, or from the supervisor thread."""
+        if self._threads and threading.current_thread().name != "mpworker-results" and self.handle.ready:
+            time.sleep(0.005)  # the supervisor thread reads
+        else:
+            self.handle.wait(patience)
+            self._pump()
+
+    def _keep_connection_alive(self) -> None:
+        """While the event loop stands still: its timers (AMQP heartbeats), and the acks of what just finished."""
+        hub = self._hub
+        if hub is None:
+            return
+        try:
+            hub.fire_timers()
+            _run_acks(hub)
+        except Exception:
+            logger.exception("error in the event loop's timers during shutdown")
+
+    # -- jobs in -------------------------------------------------------------------------------------------------
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: Any = (),
+        kwargs: Any = None,
+        *,
+        soft_timeout: float | None = None,
+        timeout: float | None = None,
+        waitforslot: bool = False,
+        **callbacks: Any,
+    ) -> Job:
+        """Takes one job; never raises, because Celery has no use for an error here."""
+        if waitforslot and self._slots is not None:
+            self._slots.acquire()
+        name, task_id = (str(args[0]), str(args[1])) if len(args) == 6 else ("", "")
+        job = Job(self, callbacks, name, task_id)
+        self._jobs[job.id] = job
+        try:
+            body = pack_call(child.run, (target, *_sendable(args)), {}) if task_id else pack_call(target, args, kwargs)
+        except PayloadError as exc:
+            self._end(job, "error_callback", _einfo(exc))
+            return job
+        soft, hard = self._timeouts
+        self.handle.submit(job.id, body, soft=soft_timeout or soft, hard=timeout or hard)
+        self._watch_writing()
+        return job
+
+    def terminate_job(self, pid: int, signum: int | None = None) -> None:
+        """Ends the job that Celery knows by its process; if that process runs another one by now, nothing happens."""
+        if not self._pumping_here():
+            self._pump()
+        for job in list(self._jobs.values()):
+            if job.pid == pid:
+                job.terminate(signum or signal.SIGTERM)
+
+    # -- events out ----------------------------------------------------------------------------------------------
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Called at the start and after each reconnect of the broker."""
+        self._hub = hub
+        hub.on_tick.add(self._watch_writing)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._unwatch()
+        fd = self.handle.fileno()
+        if self._hub is not None and fd >= 0:
+            self._watched = fd, self.handle.generation
+            self._hub.add_reader(fd, self._pump)
+
+    def _unwatch(self) -> None:
+        if self._hub is not None and self._watched is not None:
+            self._hub.remove(self._watched[0])
+        self._watched = None
+        if self._writer is not None:
+            self._hub.remove(self._writer)
+            os.close(self._writer)
+            self._writer = None
+
+    def _watch_writing(self) -> None:
+        """Has the loop call us when the dispatcher takes more. A second descriptor: the loop knows one use of each."""
+        if self._hub is None or not self.handle.wants_write or self._writer is not None or self.handle.fileno() < 0:
+            return
+        self._writer = os.dup(self.handle.fileno())
+        self._hub.add_writer(self._writer, self._on_writable)
+
+    def _on_writable(self) -> None:
+        if self.handle.flush() and self._writer is not None:
+            self._hub.remove(self._writer)
+            os.close(self._writer)
+            self._writer = None
+
+    def _supervise(self) -> None:
+        while self.handle.fileno() >= 0:
+            self.handle.wait(1.0)
+            self._pump()
+
+    def _pumping_here(self) -> bool:
+        return self._threads and threading.current_thread().name != "mpworker-results"
+
+    def _pump(self) -> None:
+        """Reads what has happened and calls back. Whatever fails in there is logged: an OSError that reached the event
+        loop would be taken for a lost broker."""
+        with self._pumping:
+            try:
+                with _signals_held_back():  # a handler may come here itself, but not into a half-read frame
+                    self._events.extend(self.handle.drain())
+            except Exception:
+                logger.exception("reading from the dispatcher failed")
+            while self._events:
+                try:
+                    self._on_event(self._events.popleft())
+                except (MemoryError, SystemExit):
+                    raise
+                except Exception:
+                    logger.exception("a callback of Celery's failed")
+            if self._watched is not None and self._watched != (self.handle.fileno(), self.handle.generation):
+                self._watch()
+
+    def _on_event(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.HOOK_ENDED:
+            self._on_hook_ended(frame)
+        elif kind is Kind.LOG:
+            logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
+        elif kind is Kind.BROKEN:
+            logger.critical("the workers cannot start: %s", frame.body.decode(errors="replace"))
+            worker_state.should_stop = EX_BROKEN
+        elif (job := self._jobs.get(frame.job)) is None:
+            return
+        elif kind is Kind.STARTED:
+            job.pid = int(frame.b)
+            self._call(job, "accept_callback", job.pid, frame.a)
+        elif kind is Kind.SOFT:
+            self._call(job, "timeout_callback", soft=True, timeout=frame.a)
+        elif kind is Kind.DONE:
+            succeeded, value = open_outcome(frame.flag, frame.body)
+            self._end(job, "callback" if succeeded else "error_callback", value if succeeded else _einfo(value))
+        elif kind is Kind.ENDED:
+            self._on_verdict(job, frame)
+
+    def _on_verdict(self, job: Job, frame: Frame) -> None:
+        state, facts = handles.verdict_of(frame)
+        if state is JobState.TIMED_OUT:
+            # timeout_callback does all of it; calling error_callback too would do it twice.
+            self._end(job, "timeout_callback", soft=False, timeout=facts["limit"])
+        elif state is JobState.CANCELLED and not job.terminated:
+            del self._jobs[job.id]  # taken back: its message is the broker's again
+        elif state is JobState.CANCELLED:
+            self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
+        else:
+            text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
+            self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+
+    def _end(self, job: Job, which: str, *args: Any, **kwargs: Any) -> None:
+        """The one terminal callback of a job, then its slot is free."""
+        self._jobs.pop(job.id, None)
+        try:
+            self._names[job.id] = f"{job.name}[{job.task_id}]"
+            while len(self._names) > _MAX_NAMES:
+                del self._names[next(iter(self._names))]
+            self._call(job, which, *args, **kwargs)
+        finally:
+            if self._slots is not None:
+                self._slots.release()
+            if self._semaphore is not None:
+                self._semaphore.release()  # may come back at once with the next job
+
+    def _call(self, job: Job, which: str, *args: Any, **kwargs: Any) -> None:
+        function = job.callbacks.get(which)
+        if function is not None:
+            function(*args, **kwargs)
+
+    # -- callbacks of tasks ----------------------------------------------------------------------------------------
+
+    def _on_failure_here(self, sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
+        """Celery has declared a task failed in the main process: its worker was killed or lost, or it was rejected."""
+        self._call_hooks(sender, task_id, exception)
+
+    def _on_revoked_here(self, sender: Any, request: Any = None, **facts: Any) -> None:
+        how = "terminated" if facts.get("terminated") else "expired" if facts.get("expired") else "revoked"
+        from celery.exceptions import TaskRevokedError
+
+        self._call_hooks(sender, str(getattr(request, "id", "?")), TaskRevokedError(how))
+
+    def _call_hooks(self, task: Any, task_id: str, exception: BaseException) -> None:
+        try:
+            hooks = child.hooks_of(task)
+            if hooks and self.handle.fileno() >= 0:
+                job = self.handle.next_id()
+                self._names[job] = f"{task.name}[{task_id}]"
+                self.handle.call_hooks(job, hooks, Outcome.ERROR, pack_error(exception, ""))
+                self._watch_writing()
+        except PayloadError as exc:
+            logger.error("the callbacks of %s[%s] cannot be called: %s", task.name, task_id, exc)
+
+    def _on_hook_ended(self, frame: Frame) -> None:
+        name = self._names.pop(frame.job, "?")
+        succeeded, error = open_outcome(frame.flag, frame.body)
+        if not succeeded:
+            log_hook_failure(name, error)
+
+    # -- size ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_processes(self) -> int:
+        return int(self.limit)
+
+    def grow(self, n: int = 1) -> None:
+        self._resize(self.limit + n)
+
+    def shrink(self, n: int = 1) -> None:
+        """Raises:
+        ValueError: there are not that many.
+        """
+        if n > self.limit:
+            raise ValueError(f"cannot take {n} of {self.limit} processes away")
+        self._resize(self.limit - n)
+
+    def _resize(self, size: int) -> None:
+        change, self.limit = size - self.limit, size
+        for semaphore in (self._semaphore, self._slots):
+            if semaphore is not None and change:
+                (semaphore.grow if change > 0 else semaphore.shrink)(abs(change))
+        self.handle.resize(size)
+        self._watch_writing()
+
+    def _get_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super()._get_info()
+        workers = self.handle.workers
+        info.update(
+            {
+                "max-concurrency": self.limit,
+                "processes": [worker["pid"] for worker in workers if not worker["lane"]],
+                "max-tasks-per-child": self.options.get("maxtasksperchild") or "N/A",
+                "put-guarded-by-semaphore": self.putlocks,
+                "timeouts": list(self._timeouts),
+                "writes": "N/A",
+                "start-method": self._settings.start_method,
+                "dispatcher": self.handle.pid,
+                "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
+                "unfinished": len(self._jobs),
+            }
+        )
+        return info
+
+
+class _Slots:
+    """A counting semaphore whose size can change, for callers that block until a worker is free."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = threading.Condition()
+
+    def acquire(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free > 0)
+            self._free -= 1
+
+    def release(self) -> None:
+        self.grow(1)
+
+    def grow(self, n: int) -> None:
+        with self._changed:
+            self._free += n
+            self._changed.notify_all()
+
+    def shrink(self, n: int) -> None:
+        with self._changed:
+            self._free -= n
+
+
+def _sendable(args: Any) -> tuple[Any, ...]:
+    """The arguments of Celery's trace function without what the child decodes itself and what cannot travel."""
+    name, task_id, request, body, content_type, encoding = args
+    body = bytes(body) if isinstance(body, memoryview) else body
+    return name, task_id, child.without_arguments(request), body, content_type, encoding
+
+
+def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:
+    """What Celery expects around an exception; the traceback is the given text, or the child's."""
+    remote = text or getattr(exc.__cause__, "text", "")
+    exc.__cause__ = None if remote else exc.__cause__
+    try:
+        raise exc
+    except BaseException:
+        info = ExceptionInfo()
+    if remote:
+        info.traceback, info.exception = remote, exc
+    return info
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_acks(hub: Any) -> None:
+    """Runs the acks and rejects that finished tasks have queued in the loop; everything else stays queued."""
+    for callback in list(hub._pop_ready()):
+        method = getattr(callback, "fun", None)
+        if getattr(method, "__name__", "") in ("ack_log_error", "reject_log_error"):
+            try:
+                callback()
+            except Exception as exc:
+                hub.on_callback_error(callback, exc)
+        else:
+            hub.call_soon(callback)

@@ -1,0 +1,293 @@
+"""The result store: adds results to journal files, and filters, pages and counts what they hold.
+
+Owns the question "what is this task's state now". Keeps a small tuple per task in memory and reads a record from its
+file when it is asked for. Never imports Celery, never asks Redis, never changes a line.
+
+A task's state is its latest record by timestamp, with two exceptions: what is not terminal never displaces what is, and
+a SUCCESS that Celery stored is never displaced (Celery's own rule; Redis keeps it too).
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from sys import intern
+from typing import Any, NamedTuple
+
+from mpworker.results.journal import SUFFIX, Journal
+from mpworker.results.reader import Entry, Tally, read_at, read_entries
+from mpworker.results.record import TERMINAL, Record, canonical
+
+_FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})
+_PENDING = frozenset({"PENDING", "RECEIVED", "RETRY"})
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
+
+
+class _Seen(NamedTuple):
+    """All that is kept of a task."""
+
+    stamp: float
+    status: str
+    name: str | None
+    runtime: float | None
+    path: Path
+    offset: int
+    #: a SUCCESS that Celery stored
+    fixed: bool
+    retried: bool
+
+
+class _Place(NamedTuple):
+    """How far a file has been read, and which file that was."""
+
+    inode: int
+    end: int
+
+
+class ResultStore:
+    """Results in JSON lines; safe from any number of processes and threads at once.
+
+    Args:
+        path: a journal folder, or one ``.jsonl`` file. It is created by the first :meth:`add_result`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        single = self.path.suffix == SUFFIX or self.path.is_file()
+        self._single = single
+        self._journal = Journal.single(self.path) if single else Journal(self.path, socket.gethostname())
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tasks: dict[str, _Seen] = {}
+        self._read: dict[Path, _Place] = {}
+        self._torn = 0
+        self._first: float | None = None
+        self._last: float | None = None
+
+    def add_result(
+        self,
+        task_id: str,
+        status: str,
+        message: str,
+        response_data: Any = None,
+        timestamp: datetime | float | str | None = None,
+    ) -> None:
+        """Adds one record with a single append.
+
+        Args:
+            status: one of Celery's states, or any text such as ``completed`` or ``failed``.
+            response_data: any value; what JSON cannot hold is kept as its repr.
+            timestamp: a datetime (naive: local time), seconds since the epoch, or ISO 8601 text; default now.
+
+        Raises:
+            ValueError: an empty task id or status, or a timestamp that is none.
+            StoreError: the file cannot be written.
+        """
+        if not str(task_id) or not str(status).strip():
+            raise ValueError("task_id and status must not be empty")
+        stamp = time.time() if timestamp is None else _epoch(timestamp, "timestamp")
+        self._journal.append(
+            Record(
+                task_id=str(task_id),
+                status=str(status),
+                message=str(message),
+                result=response_data,
+                timestamp=_iso(stamp),
+            )
+        )
+
+    def get_results_by_status(self, status: str) -> list[Record]:
+        """The latest record of every task in that state, oldest first; ``failed`` and ``FAILURE`` are one state."""
+        return list(self.query(status=status))
+
+    def query(
+        self,
+        status: str | None = None,
+        name: str | None = None,
+        since: datetime | float | str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> Iterator[Record]:
+        """The latest record of each task that fits, in the order of time.
+
+        Args:
+            status: a state of Celery's in any case, or a word for it: ``failed``, ``completed``, ``running``, ...
+            name: a task's name, or a pattern such as ``proj.*``.
+            since: a datetime (naive: local time), a number of seconds ago, ``30m``/``2h``/``1d``, or ISO 8601 text.
+            limit: at most so many.
+
+        Raises:
+            ValueError: ``since`` or ``limit`` makes no sense.
+        """
+        if limit is not None and (isinstance(limit, bool) or limit < 0):
+            raise ValueError(f"limit must be 0 or more, not {limit!r}")
+        after = None if since is None else _since(since)
+        state = None if status is None else canonical(status)
+        with self._lock:
+            self._refresh()
+            found = [
+                seen
+                for seen in self._tasks.values()
+                if (state is None or seen.status == state)
+                and (name is None or (seen.name is not None and fnmatchcase(seen.name, name)))
+                and (after is None or seen.stamp >= after)
+            ]
+        # Stable: records of one instant stay in the order in which they were written.
+        found.sort(key=lambda seen: seen.stamp)
+        if newest_first:
+            found.reverse()
+        return self._records(found, limit)
+
+    @staticmethod
+    def _records(found: list[_Seen], limit: int | None) -> Iterator[Record]:
+        given = 0
+        for seen in found:
+            if limit is not None and given >= limit:
+                return
+            record = read_at(seen.path, seen.offset)
+            if record is not None:
+                given += 1
+                yield record if record.name else replace(record, name=seen.name)
+
+    def get_statistics(self) -> dict[str, Any]:
+        """Counts each task once, by its latest state.
+
+        Returns:
+            ``total_tasks``, ``completed``, ``failed``, ``revoked``, ``running``, ``pending`` (waits, also for a retry),
+            ``retried`` (at least once; counted beside the others), ``success_rate`` (percent of completed + failed,
+            0.0 to 100.0; 0.0 before any is finished), ``mean_runtime``, ``p50_runtime``, ``p95_runtime``,
+            ``max_runtime`` (seconds or ``None``), ``first_timestamp``, ``last_timestamp`` (ISO 8601 or ``None``),
+            ``throughput`` (finished tasks per second between those two), ``torn_lines``.
+        """
+        with self._lock:
+            self._refresh()
+            tasks = list(self._tasks.values())
+            torn, first, last = self._torn, self._first, self._last
+        completed = sum(seen.status == "SUCCESS" for seen in tasks)
+        failed = sum(seen.status in _FAILED for seen in tasks)
+        finished = sum(seen.status in TERMINAL for seen in tasks)
+        pending = sum(seen.status in _PENDING for seen in tasks)
+        span = last - first if first is not None and last is not None else 0.0
+        runtimes = sorted(s.runtime for s in tasks if s.runtime is not None and s.status in TERMINAL)
+        return {
+            "total_tasks": len(tasks),
+            "completed": completed,
+            "failed": failed,
+            "success_rate": 100.0 * completed / (completed + failed) if completed + failed else 0.0,
+            "revoked": sum(seen.status == "REVOKED" for seen in tasks),
+            "retried": sum(seen.retried for seen in tasks),
+            "running": len(tasks) - finished - pending,
+            "pending": pending,
+            "mean_runtime": sum(runtimes) / len(runtimes) if runtimes else None,
+            "p50_runtime": _percentile(runtimes, 0.50),
+            "p95_runtime": _percentile(runtimes, 0.95),
+            "max_runtime": runtimes[-1] if runtimes else None,
+            "first_timestamp": None if first is None else _iso(first),
+            "last_timestamp": None if last is None else _iso(last),
+            "throughput": finished / span if span > 0 else 0.0,
+            "torn_lines": torn,
+        }
+
+    def _paths(self) -> list[Path]:
+        return [self.path] if self._single else Journal.files(self.path)
+
+    def _refresh(self) -> None:
+        """Reads what was appended since the last time; everything again when a file was removed or replaced."""
+        places = {}
+        for path in self._paths():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            places[path] = _Place(status.st_ino, status.st_size)
+        for path, known in self._read.items():
+            now = places.get(path)
+            if now is None or now.inode != known.inode or now.end < known.end:
+                self._forget()
+                break
+        for path, place in places.items():
+            start = self._read[path].end if path in self._read else 0
+            if place.end > start:
+                self._read[path] = _Place(place.inode, self._read_on(path, start))
+
+    def _read_on(self, path: Path, start: int) -> int:
+        tally = Tally(end=start)
+        for entry in read_entries([path], tally, start):
+            self._note(entry)
+        self._torn += tally.torn
+        return tally.end
+
+    def _note(self, entry: Entry) -> None:
+        record = entry.record
+        try:
+            stamp = datetime.fromisoformat(record.timestamp).timestamp()
+        except ValueError:
+            self._torn += 1
+            return
+        self._first = stamp if self._first is None else min(self._first, stamp)
+        self._last = stamp if self._last is None else max(self._last, stamp)
+        if record.superseded:
+            return
+        status, old = intern(canonical(record.status)), self._tasks.get(record.task_id)
+        name = intern(record.name) if record.name else None
+        retried = record.retries > 0 or status == "RETRY"
+        fixed = status == "SUCCESS" and record.key is not None
+        new = _Seen(stamp, status, name, record.runtime, entry.path, entry.offset, fixed, retried)
+        if old is not None:
+            # Writers that only know the id (a revoke) leave the name to those that knew it.
+            winner = new if _displaces(new, old) else old
+            new = winner._replace(name=new.name or old.name, retried=new.retried or old.retried)
+        self._tasks[record.task_id] = new
+
+
+def _displaces(new: _Seen, old: _Seen) -> bool:
+    if old.fixed or new.fixed:
+        return not old.fixed
+    if (old.status in TERMINAL) != (new.status in TERMINAL):
+        return new.status in TERMINAL
+    return new.stamp >= old.stamp
+
+
+def _percentile(ordered: list[float], share: float) -> float | None:
+    if not ordered:
+        return None
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _iso(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds")
+
+
+def _epoch(value: datetime | float | str, what: str) -> float:
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        epoch = value.timestamp() if isinstance(value, datetime) else float(value)
+        datetime.fromtimestamp(epoch, UTC)
+    except (TypeError, ValueError, OverflowError, OSError):
+        raise ValueError(f"{what} must be a datetime, a number of seconds or ISO 8601 text, not {value!r}") from None
+    return epoch
+
+
+def _since(value: datetime | float | str) -> float:
+    if isinstance(value, str):
+        ago = _AGO.fullmatch(value.strip())
+        if ago:
+            return time.time() - float(ago[1]) * _UNITS[ago[2].lower()]
+        return _epoch(value.strip(), "since")
+    if isinstance(value, datetime):
+        return _epoch(value, "since")
+    return time.time() - _epoch(value, "since")

@@ -1,0 +1,90 @@
+"""Reads journal files: every whole record, whatever else stands in the files.
+
+Owns what counts as torn and how to go on behind it. Never writes, never judges what a record means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mpworker.results.record import OPENING, Record
+
+#: What reading a broken line may raise.
+_BROKEN = (ValueError, TypeError, RecursionError)
+
+
+class Entry(NamedTuple):
+    """A record and where it stands: its file, and the offset of its first byte."""
+
+    record: Record
+    path: Path
+    offset: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a reader passed over, and how far it came."""
+
+    #: broken lines
+    torn: int = 0
+    #: broken lines without a newline at the end of a file: perhaps still being written
+    unfinished: int = 0
+    #: offset behind the last line of the current file that is finished
+    end: int = 0
+
+
+def read_entries(paths: Iterable[Path], tally: Tally | None = None, start: int = 0) -> Iterator[Entry]:
+    """Every whole record in these files, file by file; what is broken is skipped and counted.
+
+    Args:
+        start: offset in each file at which to begin; the start of a line.
+    """
+    tally = Tally() if tally is None else tally
+    for path in paths:
+        tally.end = start
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue  # rotated away meanwhile
+        with file:
+            file.seek(start)
+            offset = start
+            for line in file:
+                yield from _read_line(line, path, offset, tally)
+                offset += len(line)
+
+
+def _read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[Entry]:
+    end = offset + len(line)
+    if not line.strip():
+        tally.end = end
+        return
+    # Half a line may have a whole one glued to it: the writer of the first was killed before its newline.
+    glued = max(line.rfind(OPENING), 0)
+    for at in (0, glued) if glued else (0,):
+        try:
+            record = Record.from_line(line[at:])
+        except _BROKEN:
+            continue
+        tally.torn += at > 0
+        tally.end = end
+        yield Entry(record, path, offset + at)
+        return
+    if line.endswith(b"\n"):
+        tally.torn += 1
+        tally.end = end
+    else:
+        tally.unfinished += 1
+
+
+def read_at(path: Path, offset: int) -> Record | None:
+    """The record that begins there; ``None`` when it is gone or broken."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return Record.from_line(file.readline())
+    except (OSError, *_BROKEN):
+        return None

@@ -1,0 +1,206 @@
+"""One result is one JSON line: what stands in it, and the two ways between the line and a :class:`Record`.
+
+Owns the field names, the format's version, the wording of messages and the spelling of states.
+Never opens a file, never talks to Redis.
+
+A line opens with ``{"v": 1, "shipped": 0, `` and goes on as compact JSON. Those spaces are deliberate: the compact
+encoder writes none, and inside a string every quote is escaped, so this opening can stand nowhere else. That gives two
+things: the digit after ``shipped`` has a known place and is overwritten with one byte once Redis has the result, and a
+reader that meets half a line with a whole one glued to it (its writer was killed) finds the whole one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+VERSION = 1
+#: What every line of every version opens with; only a line's opening contains it.
+OPENING = b'{"v": '
+_HEAD = f'{{"v": {VERSION}, "shipped": '
+#: Where in a line the digit of ``shipped`` stands, in bytes from its start.
+SHIPPED_AT = len(_HEAD)
+#: The digit: Redis has not got it; Redis has it; Redis held a SUCCESS already, which nothing may overwrite.
+UNSHIPPED, SHIPPED, SUPERSEDED = b"0", b"1", b"2"
+
+_ALIASES = {
+    "SUCCESS": "complete completed done finished ok succeed succeeded successful",
+    "FAILURE": "error errored fail failed",
+    "STARTED": "active in_progress processing running start",
+    "PENDING": "queued wait waiting",
+    "RETRY": "retried retrying",
+    "REVOKED": "cancel canceled cancelled revoke terminated",
+}
+_CANONICAL = {alias: state for state, aliases in _ALIASES.items() for alias in aliases.split()}
+#: States that are no longer left by themselves; the last four are not Celery's but common in free text.
+TERMINAL = frozenset(
+    {"SUCCESS", "FAILURE", "REVOKED", "REJECTED", "IGNORED", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"}
+)
+
+
+def canonical(status: str) -> str:
+    """The state that a status text means: ``failed`` → ``FAILURE``, ``ok`` → ``SUCCESS``; other text in capitals."""
+    text = status.strip()
+    key = text.lower().replace("-", "_").replace(" ", "_")
+    return _CANONICAL.get(key) or key.upper()
+
+
+def timestamp_now() -> str:
+    """ISO 8601 in UTC with microseconds, always of one length."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def describe(exc: object) -> str:
+    """``ValueError: text``; only ``ValueError`` where the exception says nothing."""
+    name = type(exc).__qualname__
+    try:
+        text = str(exc)
+    except Exception as broken:  # user code: an exception that cannot even be printed is still reported
+        text = f"<its text cannot be shown: {type(broken).__name__}>"
+    return f"{name}: {text}" if text else name
+
+
+def _safe_repr(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception as broken:  # user code again
+        return f"<{type(value).__qualname__}, whose repr raised {type(broken).__name__}>"
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), default=_safe_repr, allow_nan=False).encode
+
+
+def _encode_any(value: Any) -> str:
+    """JSON of a value; what JSON cannot hold becomes its repr: a part where that is possible, else the whole."""
+    try:
+        return _encode(value)
+    except (TypeError, ValueError, RecursionError):
+        return _encode(_safe_repr(value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One state change of one task. Also reads like a mapping: ``record["status"]``, ``record.get("name")``."""
+
+    task_id: str
+    #: the task's name; ``None`` where the writer did not know it
+    name: str | None = None
+    #: one of Celery's states, or the free text given to ``ResultStore.add_result``
+    status: str
+    #: for people: ``ValueError: text`` of a failure, else what the writer had to say
+    message: str = ""
+    #: any JSON value
+    result: Any = None
+    traceback: str | None = None
+    #: ISO 8601, UTC
+    timestamp: str = field(default_factory=timestamp_now)
+    #: seconds
+    runtime: float | None = None
+    process_id: int = field(default_factory=os.getpid)
+    hostname: str = field(default_factory=socket.gethostname)
+    #: how many retries preceded this run
+    retries: int = 0
+    #: the Redis key; ``None`` when the record is not meant for Redis
+    key: str | None = None
+    #: exactly what Redis stores under the key
+    payload: str | bytes | None = None
+    #: seconds that Redis keeps it, counted from :attr:`timestamp`; ``None``: for ever
+    expires: int | None = None
+    #: Redis has the result, or needs it no more
+    shipped: bool = False
+    #: Redis held a SUCCESS of this task already, so this record was not written there and counts for nothing
+    superseded: bool = False
+
+    def to_line(self) -> bytes:
+        """The line with its newline. Never fails on a result: what JSON cannot hold becomes a repr."""
+        mark = SUPERSEDED if self.superseded else SHIPPED if self.shipped else UNSHIPPED
+        before = {"task_id": self.task_id, "name": self.name, "status": self.status, "message": self.message}
+        after: dict[str, Any] = {
+            "traceback": self.traceback,
+            "timestamp": self.timestamp,
+            "runtime": None if self.runtime is None else round(self.runtime, 6),
+            "process_id": self.process_id,
+            "hostname": self.hostname,
+            "retries": self.retries,
+            "key": self.key,
+        }
+        if isinstance(self.payload, bytes):
+            after["payload64"] = base64.b64encode(self.payload).decode("ascii")
+        else:
+            after["payload"] = self.payload
+        after["expires"] = self.expires
+        body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
+        return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Record:
+        """Reads a line; unknown fields are passed over, absent ones get their defaults.
+
+        Raises:
+            ValueError: the line is torn, is no JSON object, or lacks ``task_id`` or ``status``.
+        """
+        data = json.loads(line)
+        if not isinstance(data, dict):
+            raise ValueError("a journal line must be a JSON object")
+        for name in ("task_id", "status", "timestamp"):
+            if not isinstance(data.get(name), str):
+                raise ValueError(f"a journal line needs {name} as text")
+        mark = data.pop("shipped", 0)
+        values = {name: data[name] for name in _NAMES & data.keys()}
+        if "payload64" in data:
+            values["payload"] = base64.b64decode(data["payload64"])
+        runtime = values.get("runtime")
+        if runtime is not None and not isinstance(runtime, int | float):
+            raise ValueError("runtime must be a number of seconds")
+        return cls(**values, shipped=bool(mark), superseded=mark == 2)
+
+    @property
+    def response_data(self) -> Any:
+        """The result, by the name that ``ResultStore.add_result`` gives it."""
+        return self.result
+
+    def keys(self) -> Iterator[str]:
+        return (f.name for f in fields(self))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _READABLE:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in _READABLE else default
+
+
+_NAMES = frozenset(f.name for f in fields(Record)) - {"shipped", "superseded"}
+_READABLE = _NAMES | {"shipped", "superseded", "response_data"}
+
+#: The task that this thread runs: its id and when it began by the monotonic clock.
+_running: ContextVar[tuple[str, float] | None] = ContextVar("mpworker_running", default=None)
+
+
+def task_begins(task_id: str, at: float | None = None) -> None:
+    """Notes that this thread starts a task, so that its record can tell the run time.
+
+    Args:
+        at: seconds of the monotonic clock; default now.
+    """
+    _running.set((task_id, time.monotonic() if at is None else at))
+
+
+def task_ends() -> None:
+    """Forgets what :func:`task_begins` noted."""
+    _running.set(None)
+
+
+def runtime_of(task_id: str) -> float | None:
+    """Seconds since the task began, if it is the one that this thread runs; else ``None``."""
+    running = _running.get()
+    return time.monotonic() - running[1] if running and running[0] == task_id else None

@@ -1,0 +1,170 @@
+"""A record and its line: what goes in comes out, and nothing that a task returns can break a line."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpworker.results import record as module
+from mpworker.results.record import (
+    OPENING,
+    SHIPPED_AT,
+    Record,
+    canonical,
+    describe,
+    runtime_of,
+    task_begins,
+    task_ends,
+)
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(task_id=st.text(min_size=1), message=st.text(), result=JSON, payload=st.none() | st.text() | st.binary())
+def test_everything_survives_the_way_through_a_line(
+    task_id: str, message: str, result: object, payload: object
+) -> None:
+    record = Record(
+        task_id=task_id,
+        status="SUCCESS",
+        message=message,
+        result=result,
+        payload=payload,  # type: ignore[arg-type]
+        runtime=0.25,
+        retries=2,
+        key="celery-task-meta-x",
+        expires=60,
+        shipped=True,
+    )
+    line = record.to_line()
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert line.isascii()
+    assert Record.from_line(line) == record
+
+
+def test_a_line_is_plain_json_with_the_documented_fields() -> None:
+    line = Record(task_id="a", status="FAILURE", message="ValueError: no").to_line()
+    data = json.loads(line)
+    assert data["v"] == 1
+    assert data["shipped"] == 0
+    documented = "task_id name status message result traceback timestamp runtime process_id hostname retries"
+    assert list(data)[2:] == [*documented.split(), "key", "payload", "expires"]
+    assert datetime.fromisoformat(data["timestamp"]).tzinfo == UTC
+
+
+class _Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def _endless() -> list[object]:
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"when": datetime(2026, 1, 2)}, {"when": "datetime.datetime(2026, 1, 2, 0, 0)"}),
+        ({1, 2}, "{1, 2}"),
+        (float("nan"), "nan"),
+        ({(1, 2): 3}, "{(1, 2): 3}"),
+        (_endless(), "[[...]]"),
+        (_Unprintable(), "<_Unprintable, whose repr raised RuntimeError>"),
+        ("\ud800", "\ud800"),
+        ("a\nb\u2028c", "a\nb\u2028c"),
+    ],
+)
+def test_what_json_cannot_hold_becomes_its_repr(value: object, expected: object) -> None:
+    record = Record.from_line(Record(task_id="a", status="SUCCESS", result=value).to_line())
+    assert record.result == expected
+
+
+def test_the_opening_and_the_digit_stand_at_their_place_and_nowhere_else() -> None:
+    inner = Record(task_id="inner", status="SUCCESS")
+    nested = json.loads(inner.to_line())
+    outer = Record(task_id="outer", status="SUCCESS", result=[nested, inner.to_line().decode()])
+    line = outer.to_line()
+    assert line.count(OPENING) == 1
+    assert line[SHIPPED_AT : SHIPPED_AT + 1] == b"0"
+    changed = line[:SHIPPED_AT] + b"1" + line[SHIPPED_AT + 1 :]
+    assert Record.from_line(changed).shipped
+
+
+def test_unknown_fields_are_passed_over() -> None:
+    data = json.loads(Record(task_id="a", status="SUCCESS").to_line())
+    line = json.dumps({**data, "v": 2, "colour": "red"}).encode()
+    assert Record.from_line(line).task_id == "a"
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"\n", b"[]", b'{"v": 1}', b'{"task_id": 1, "status": "SUCCESS", "timestamp": ""}', b"\xff\xfe"]
+)
+def test_what_is_no_record_is_a_value_error(line: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        Record.from_line(line)
+
+
+def test_every_proper_beginning_of_a_line_is_torn() -> None:
+    line = Record(task_id="a", status="SUCCESS", result={"a": [1, 2]}).to_line()
+    for length in range(len(line) - 1):
+        with pytest.raises(ValueError):  # noqa: PT011
+            Record.from_line(line[:length])
+
+
+def test_a_record_reads_like_a_mapping() -> None:
+    record = Record(task_id="a", status="SUCCESS", result=3)
+    assert record["status"] == "SUCCESS"
+    assert record["response_data"] == record.get("result") == 3
+    assert record.get("to_line") is None
+    assert dict(record)["task_id"] == "a"  # type: ignore[call-overload]
+    with pytest.raises(KeyError):
+        record["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ("failed", "FAILURE"),
+        ("Completed", "SUCCESS"),
+        ("success", "SUCCESS"),
+        ("in progress", "STARTED"),
+        ("odd", "ODD"),
+    ],
+)
+def test_canonical(text: str, state: str) -> None:
+    assert canonical(text) == state
+
+
+def test_describe() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise TypeError
+
+    assert describe(ValueError("text")) == "ValueError: text"
+    assert describe(ValueError()) == "ValueError"
+    assert describe(Mute()).endswith("its text cannot be shown: TypeError>")
+
+
+def test_the_runtime_is_known_only_for_the_task_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "monotonic", lambda: 12.5)
+    assert runtime_of("a") is None
+    task_begins("a", at=10.0)
+    assert runtime_of("a") == 2.5
+    assert runtime_of("b") is None
+    task_ends()
+    assert runtime_of("a") is None
