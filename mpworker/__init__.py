@@ -41,7 +41,7 @@ _HOME = {
     "RemoteTraceback": "mpworker.errors",
 }
 
-__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,8 @@ def demo(context: click.Context, folder: Path | None, workers: int | None, data_
         raise WrongOption(str(exc)) from None
     try:
         context.exit(Demo(folder, workers or _processors(), data_dir).run())
+    except BrokenPipeError:
+        raise
     except (MPWorkerError, OSError) as exc:
         raise click.ClickException(str(exc)) from None
 

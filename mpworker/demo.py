@@ -29,10 +29,9 @@ from mpworker.results.record import canonical
 from mpworker.settings import default_data_dir
 from mpworker.subprocesses import Interrupts, NodeProcess
 
-_BLOCKS = (
-    ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If | ast.For | ast.AsyncFor | ast.While | ast.With
-    | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
-)  # fmt: skip
+_FUNCTIONS = frozenset({ast.FunctionDef, ast.AsyncFunctionDef})
+_LOOPS = {ast.For, ast.AsyncFor, ast.While}
+_BLOCKS = _FUNCTIONS | _LOOPS | {ast.ClassDef, ast.If, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match}
 _TASK_SECONDS = 60
 _STALL_SECONDS = 120.0
 _END_SECONDS = 5.0
@@ -63,9 +62,10 @@ def analyse(path: str) -> dict[str, Any]:
     waiting: list[tuple[ast.AST, int]] = [(tree, 0)]
     while waiting:
         node, level = waiting.pop()
-        functions += isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        classes += isinstance(node, ast.ClassDef)
-        level += isinstance(node, _BLOCKS)
+        kind = type(node)
+        functions += kind in _FUNCTIONS
+        classes += kind is ast.ClassDef
+        level += kind in _BLOCKS
         depth = max(depth, level)
         waiting.extend((child, level) for child in ast.iter_child_nodes(node))
     return {

@@ -1,7 +1,8 @@
 """Log records that stay whole when many processes write to one file, terminal or pipe.
 
-Owns the last step: one record, one write. Never shares a lock that a dying process could keep: where the kernel does not
-keep a write together (a pipe, beyond 4 KiB), a POSIX record lock on the pipe itself does, and the kernel frees it.
+Owns the last step: one record, one write. Never shares a lock that a dying process could keep: where the kernel does
+not keep a write together (a pipe, beyond 4 KiB), a POSIX record lock on the pipe itself does, and the kernel frees
+it.
 """
 
 from __future__ import annotations

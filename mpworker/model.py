@@ -1,8 +1,8 @@
 """The classic three-class API: ``MultiProcess``, ``InfoTask``, ``Model``, over the local pool or over a broker.
 
-Owns how a dotted class name becomes a call. Locally a task is run by :class:`mpworker.ProcessPool`; with ``broker=`` it is a
-Celery message, and a ``Model`` subclass in a module that a node includes is the Celery task of that name. Never imports, on
-behalf of a message, a module that the configuration does not name.
+Owns how a dotted class name becomes a call. Locally a task is run by :class:`mpworker.ProcessPool`; with ``broker=``
+it is a Celery message, and a ``Model`` subclass in a module that a node includes is the Celery task of that name.
+Never imports, on behalf of a message, a module that the configuration does not name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``Model`` subclasses as Celery tasks: one task per class, named by its dotted path.
 
-Owns the registration and the app that ``MultiProcess(broker=…)`` sends with. Looks only at modules that the configuration
-includes and that are imported already; imports none.
+Owns the registration and the app that ``MultiProcess(broker=…)`` sends with. Looks only at modules that the
+configuration includes and that are imported already; imports none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import partial
+from typing import TypeGuard
 
 from celery import Celery
 
@@ -21,9 +22,13 @@ def register_models(app: Celery) -> None:
     modules = {*(app.conf.include or ()), *(app.conf.imports or ()), *app.loader.task_modules}
     for name in sorted(modules):
         for model in vars(sys.modules.get(name, object)).values():
-            if isinstance(model, type) and issubclass(model, Model) and model.__module__ == name:
-                if not inspect.isabstract(model) and dotted_name(model) not in app.tasks:
-                    _register(app, model)
+            if _is_own_model(model, name) and dotted_name(model) not in app.tasks:
+                _register(app, model)
+
+
+def _is_own_model(value: object, module: str) -> TypeGuard[type[Model]]:
+    own = isinstance(value, type) and issubclass(value, Model) and value.__module__ == module
+    return own and not inspect.isabstract(value)
 
 
 def _register(app: Celery, model: type[Model]) -> None:

@@ -1,10 +1,10 @@
 """``mpworker.celery.pool:TaskPool``: the engine as Celery's worker sees it.
 
-Owns the translation between Celery's calls and callbacks and the handle's jobs and events. Never forks in the main process,
-never lets an error out into Celery's event loop, never decides about a task: that is Celery's ``Request``.
+Owns the translation between Celery's calls and callbacks and the handle's jobs and events. Never forks in the main
+process, never lets an error out into Celery's event loop, never decides about a task: that is Celery's ``Request``.
 
-With an event loop (Redis, RabbitMQ) results are read and callbacks run inside it; without one (the filesystem transport)
-one supervisor thread does the same.
+With an event loop (Redis, RabbitMQ) results are read and callbacks run inside it; without one (the filesystem
+transport) one supervisor thread does the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
-from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
 from celery.concurrency.base import BasePool
 from celery.worker import state as worker_state

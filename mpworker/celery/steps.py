@@ -46,7 +46,8 @@ class Worker(worker.Worker):  # type: ignore[misc]
 
     def on_before_init(self, **kwargs: Any) -> None:
         check_broker_url(self.app)
-        for module in maybe_list(kwargs.get("include")) or ():  # Celery would do it only after the server has started
+        # Celery would import these only after the server has started.
+        for module in maybe_list(kwargs.get("include")) or ():  # type: ignore[no-untyped-call]
             self.app.loader.import_task_module(module)
         prepare_results(self.app, self.hostname)
         self._server = embedded.acquire(settings_of(self.app).data_dir) if uses_embedded(self.app) else None

@@ -94,7 +94,7 @@ def _preparation(import_main: bool) -> dict[str, Any]:
         if name is not None:
             data["init_main_from_name"] = name
         elif path_of_main is not None:
-            data["init_main_from_path"] = os.path.abspath(path_of_main)  # noqa: PTH100
+            data["init_main_from_path"] = os.path.abspath(path_of_main)
     return data
 
 

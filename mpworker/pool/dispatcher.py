@@ -4,8 +4,8 @@
            ◀─frames─── │ wait · tell the ledger · act│ ◀─frames───
                        └────────────────────────────┘ ──signals─▶ their watchdogs, or their process groups
 
-Owns the waiting and the wires. Single-threaded; runs no user code, unpickles nothing, never blocks on a peer: what a peer
-is too slow to take waits in its outbox. When the parent is gone, everything below ends.
+Owns the waiting and the wires. Single-threaded; runs no user code, unpickles nothing, never blocks on a peer: what a
+peer is too slow to take waits in its outbox. When the parent is gone, everything below ends.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.fleet import Crew, Exit, Fleet
-from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, encode, receive
+from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.title import set_title
+from mpworker.pool.wire import Listener, Wire
 
 #: Bytes that may wait for the parent before no new job is started.
 PARENT_HIGH_WATER = 64 << 20
@@ -38,47 +39,6 @@ PARENT_HIGH_WATER = 64 << 20
 _PARENT_CHECK = 0.5
 #: Reads from one worker before the others get their turn.
 _READS_PER_TURN = 4
-
-
-class Wire:
-    """A non-blocking line with an outbox; registers for writing only while something waits."""
-
-    def __init__(self, selector: selectors.BaseSelector, sock: socket.socket, on_read: Callable[[], None]) -> None:
-        self.sock, self.outbox = sock, Outbox()
-        self._selector, self._on_read = selector, on_read
-        self._registered = selectors.EVENT_READ
-        selector.register(sock, selectors.EVENT_READ, self)
-
-    def put(self, frame: Frame) -> None:
-        self.outbox.put_frame(frame)
-
-    def flush(self) -> None:
-        """Sends what the peer takes; a peer that is gone is noticed when its line is read."""
-        if not self._registered:
-            return
-        try:
-            empty = self.outbox.flush(self.sock.send)
-        except OSError:
-            empty = True
-        wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE
-        if wanted != self._registered:
-            self._selector.modify(self.sock, wanted, self)
-            self._registered = wanted
-
-    def handle(self, mask: int) -> None:
-        if mask & selectors.EVENT_READ:
-            self._on_read()
-        if mask & selectors.EVENT_WRITE:
-            self.flush()
-
-    @property
-    def open(self) -> bool:
-        return bool(self._registered)
-
-    def close(self) -> None:
-        if self._registered:
-            self._selector.unregister(self.sock)
-            self._registered = 0
 
 
 class Dispatcher:
@@ -148,11 +108,11 @@ class Dispatcher:
         if not self._orphaned:
             self._say_goodbye()
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         deadline = min(self._ledger.next_deadline(), self._template_deadline)
-        patience = max(0.0, deadline - time.monotonic())
+        patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         if self._parent_watched:
-            return None if patience == inf else patience
+            return patience
         if os.getppid() != self._parent_pid:
             self._orphaned = True
         return min(patience, _PARENT_CHECK)
@@ -184,7 +144,7 @@ class Dispatcher:
         # Not SIG_IGN: that would be inherited through exec. Ending is the parent's word, through the pipe.
         for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGTSTP"):
             signal.signal(getattr(signal, name), lambda *_: None)
-        self._selector.register(reader, selectors.EVENT_READ, _Reader(lambda: self._on_signal(reader)))
+        self._selector.register(reader, selectors.EVENT_READ, Listener(lambda: self._on_signal(reader)))
 
     def _on_signal(self, reader: socket.socket) -> None:
         if signal.SIGCHLD in (receive(reader) or b""):
@@ -195,7 +155,7 @@ class Dispatcher:
         self._parent_watched = False
         with contextlib.suppress(OSError, AttributeError):
             descriptor = os.pidfd_open(self._parent_pid)
-            self._selector.register(descriptor, selectors.EVENT_READ, _Reader(self._on_orphaned))
+            self._selector.register(descriptor, selectors.EVENT_READ, Listener(self._on_orphaned))
             self._parent_watched = os.getppid() == self._parent_pid
 
     def _on_orphaned(self) -> None:
@@ -251,8 +211,7 @@ class Dispatcher:
 
     def _begin(self) -> None:
         if not self._ledger.begun:
-            for action in self._ledger.start(time.monotonic()):
-                self._actions[type(action)](action)
+            self._apply(f.Begun())
 
     def _drop_template(self) -> None:
         if self._template_wire is not None:
@@ -263,7 +222,11 @@ class Dispatcher:
 
     def _template_failed(self, why: str) -> None:
         self._drop_template()
-        self._apply(f.WorkerUnready(None, why))
+        if self._ledger.ever_ready:  # a later template: the workers there are go on, new ones try it for themselves
+            self._log(logging.ERROR, f"start method spawn from now on: {why}")
+            self._method = "spawn"
+        else:
+            self._apply(f.WorkerUnready(None, why))
 
     # -- parent --------------------------------------------------------------------------------------------------
 
@@ -427,16 +390,6 @@ class Dispatcher:
             if crew.pid
         ]
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
-
-
-class _Reader:
-    """A selector entry that only reads."""
-
-    def __init__(self, on_read: Callable[[], None]) -> None:
-        self._on_read = on_read
-
-    def handle(self, mask: int) -> None:
-        self._on_read()
 
 
 def _receive_boot(line: socket.socket) -> Frame | None:

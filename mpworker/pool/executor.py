@@ -1,7 +1,7 @@
 """``ProcessPool``: the engine behind the face of :class:`concurrent.futures.Executor`.
 
-Owns futures, and one thread that turns the handle's events into their results. Never forks in the caller's process (unless
-``start_method="fork"`` asks for it), never runs a callback in it.
+Owns futures, and one thread that turns the handle's events into their results. Never forks in the caller's process
+(unless ``start_method="fork"`` asks for it), never runs a callback in it.
 """
 
 from __future__ import annotations
@@ -114,6 +114,10 @@ class _Core:
                 self._wait()
                 for frame in self.handle.drain():
                     self._on_event(frame)
+        except BaseException as exc:
+            logger.critical("the thread that reads results has failed", exc_info=True)
+            self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
+            self.handle.kill()
         finally:
             self._fail_all(self.broken or BootError("the pool has been shut down"))
             os.close(self._wake_reader)
@@ -377,8 +381,8 @@ def _count(name: str, value: int | None) -> int:
 def _limit(name: str, value: float | None) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigurationError(f"{name} must be a number of seconds above 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ConfigurationError(f"{name} must be a number of seconds above 0 and below 1e9, not {value!r:.40}")
     return float(value)
 
 

@@ -35,6 +35,8 @@ class Job:
     #: for a callback: the job it belongs to
     of: int = 0
     state: JobState = JobState.QUEUED
+    #: who has it, from ASSIGNED on
+    worker: Worker | None = None
     started: float = 0.0
     #: when the dispatcher itself steps in
     guard: float = inf
@@ -65,11 +67,17 @@ class Worker:
     killed: bool = False
     #: the second rung of the kill ladder has been reached
     final: bool = False
+    #: what is wrong with its line to the pool
+    fault: str = ""
     #: a callback that goes with the running job
     call: HookCalled | None = None
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
+
+
+class Begun(NamedTuple):
+    """Workers can be started."""
 
 
 class Submitted(NamedTuple):

@@ -32,7 +32,10 @@ _END_TIMEOUT = 2.0
 _PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
 #: Runs ``main`` of a module of this package. ``-P`` keeps the current folder from shadowing the standard library; the
 #: place this package was imported from comes last, for checkouts that are on ``sys.path`` only.
-_RUN = "import sys; sys.path.append(sys.argv[2]); import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[3:])"
+_RUN = (
+    "import sys; sys.path.append(sys.argv[2]); "
+    "import importlib; importlib.import_module(sys.argv[1]).main(*sys.argv[3:])"
+)
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -98,7 +101,7 @@ def _become_dispatcher(
         theirs.set_inheritable(True)
         line.set_inheritable(True)
         arguments = command("dispatcher", str(theirs.fileno()), str(line.fileno()), str(template))
-        os.execv(arguments[0], arguments)  # noqa: S606
+        os.execv(arguments[0], arguments)
     finally:
         os._exit(127)
 

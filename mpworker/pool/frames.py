@@ -22,6 +22,8 @@ HEADER_SIZE = _CHECKED.size
 _MAGIC = 0x6D77
 #: A body is never larger than this; a larger length is corruption.
 MAX_BODY = 1 << 40
+#: Seconds that one wait may take: the kernel's own limit is 24 days, and whoever waits looks again.
+LONGEST_WAIT = 3600.0
 #: What one ``recv`` may bring.
 CHUNK = 1 << 18
 _JOIN_BELOW = 1 << 16
@@ -63,6 +65,8 @@ class Kind(IntEnum):
     LOG = 53  # flag: logging level, body: text
     BROKEN = 54  # body: why the pool cannot go on (text)
     FLUSHED = 55  # job: token
+    HOOK_QUEUED = 57  # job it belongs to, flag: outcome kind, extra: hooks, body: outcome
+    HOOK_STARTED = 58  # job it belongs to
     BYE = 56  # all is done, nothing follows
 
 
@@ -127,9 +131,7 @@ class FrameReader:
             if len(buffer) < end:
                 break
             middle = start + extra
-            frames.append(
-                Frame(_KINDS[kind], job, flag, a, b, bytes(buffer[start:middle]), bytes(buffer[middle:end]))
-            )
+            frames.append(Frame(_KINDS[kind], job, flag, a, b, bytes(buffer[start:middle]), bytes(buffer[middle:end])))
             position = end
         del buffer[:position]
         return frames
@@ -172,7 +174,7 @@ class Outbox:
         """Sends until all is gone or ``send`` would block. Only one caller at a time.
 
         Args:
-            send: like ``socket.send`` on a non-blocking socket; its ``OSError`` other than "would block" passes through.
+            send: like ``socket.send`` on a non-blocking socket; its errors, but for "would block", pass through.
 
         Returns:
             ``True`` when nothing is left.

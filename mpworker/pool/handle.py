@@ -1,7 +1,8 @@
 """The parent's end of a pool: submit, cancel, fileno, drain.
 
 Owns the line to the dispatcher, what has been submitted and is not finished, and the dispatcher's replacement when it
-dies. Starts no thread, never blocks (but for the time a flush is given), calls nobody back: whoever drives it reads events.
+dies. Starts no thread, never blocks (but for the time a flush is given), calls nobody back: whoever drives it reads
+events.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet
 from mpworker.pool.facts import Lane
-from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, encode, header, receive
+from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, header, receive
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -56,6 +57,7 @@ class _Sent:
     """A job that has no terminal event yet; its frame is kept until it has started, for a new dispatcher."""
 
     pieces: tuple[bytes, ...] | None
+    hooks: bytes
     pid: int = 0
 
 
@@ -78,6 +80,8 @@ class Handle:
         self._boot = boot
         self._ids = itertools.count(1)
         self._sent: dict[int, _Sent] = {}
+        #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
+        self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
         self._outbox = Outbox()
         self._flushing = threading.Lock()
         self._reader = FrameReader("the dispatcher")
@@ -152,19 +156,14 @@ class Handle:
             soft, hard: limits in seconds, 0 for none.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
         """
-        self._submit(job, Lane.TASKS, 0, body, soft, hard, hooks)
+        pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
+        self._sent[job] = _Sent(pieces, hooks)
+        self._send(*pieces)
 
     def call_hooks(self, job: int, hooks: bytes, flag: Outcome, body: bytes) -> None:
         """Runs a callback in the callback process with an outcome that the caller knows; HOOK_ENDED follows."""
-        self._submit(job, Lane.HOOKS, flag, body, 0.0, self.options.callback_limit, hooks)
-
-    def _submit(
-        self, job: int, lane: Lane, flag: int, body: bytes, soft: float, hard: float, hooks: bytes
-    ) -> None:
-        head = header(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, len(hooks), len(body))
-        pieces = (head + hooks + body,) if len(body) < _JOIN_BELOW else (head + hooks, body)
-        self._sent[job] = _Sent(pieces)
-        self._send(*pieces)
+        self._hooked[job] = hooks, flag, body
+        self._send(*_submission(job, Lane.HOOKS, flag, 0.0, self.options.callback_limit, hooks, body))
 
     def cancel(self, job: int, signum: int = signal.SIGTERM, grace: float = 0.5) -> None:
         """Ends a job, wherever it is; never touches another. Its terminal event follows.
@@ -237,9 +236,18 @@ class Handle:
                 return False
             sent.pieces, sent.pid = None, int(frame.b)
         elif kind in (Kind.DONE, Kind.ENDED):
-            return self._sent.pop(frame.job, None) is not None
+            sent = self._sent.pop(frame.job, None)
+            if sent is not None and sent.hooks:
+                self._hooked[frame.job] = sent.hooks, frame.flag, frame.body
+            return sent is not None
+        elif kind is Kind.HOOK_QUEUED:
+            self._hooked[frame.job] = frame.extra, frame.flag, frame.body
+            return False
+        elif kind is Kind.HOOK_STARTED:
+            self._hooked[frame.job] = None
+            return False
         elif kind is Kind.HOOK_ENDED:
-            self._sent.pop(frame.job, None)
+            self._hooked.pop(frame.job, None)
         elif kind is Kind.SOFT:
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
@@ -263,11 +271,7 @@ class Handle:
         self.workers = []
         if self.finished:
             return
-        for job, sent in list(self._sent.items()):
-            if sent.pieces is None:  # its worker died with the dispatcher
-                del self._sent[job]
-                facts = {"pid": sent.pid, "by_pool": True, "why": "the dispatcher died"}
-                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
+        yield from self._bury_started()
         self._restarts += 1
         if self._restarts > _MAX_RESTARTS:
             self.finished = True
@@ -278,15 +282,35 @@ class Handle:
         self.generation += 1
         for sent in list(self._sent.values()):
             self._outbox.put(*(sent.pieces or ()))
+        for job, call in list(self._hooked.items()):
+            if call is not None:
+                hooks, flag, body = call
+                limit = self.options.callback_limit
+                self._outbox.put(*_submission(job, Lane.HOOKS, flag, 0.0, limit, hooks, body))
         if self._closing is not None:
             self._outbox.put(encode(self._closing))
         self.flush()
 
-    def wait(self, timeout: float | None) -> bool:
+    def _bury_started(self) -> Iterator[Frame]:
+        """What ran when the dispatcher died has died with it; what had not started, the next one starts."""
+        facts = {"by_pool": True, "why": "the dispatcher died"}
+        for job, call in list(self._hooked.items()):
+            if call is None:
+                del self._hooked[job]
+                yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
+        for job, sent in list(self._sent.items()):
+            if sent.pieces is None:
+                del self._sent[job]
+                body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
+                if sent.hooks:
+                    self._hooked[job] = sent.hooks, Outcome.VERDICT, body
+                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=body)
+
+    def wait(self, timeout: float) -> bool:
         """Blocks until :meth:`drain` may have something, or :meth:`flush` may go on; for callers without a loop.
 
         Args:
-            timeout: seconds, ``None`` for ever.
+            timeout: seconds.
         """
         fd = self.fileno()
         if fd < 0:
@@ -294,7 +318,7 @@ class Handle:
         poll = select.poll()
         poll.register(fd, select.POLLIN | (select.POLLOUT if self._outbox else 0))
         try:
-            found = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
+            found = poll.poll(min(max(0.0, timeout), LONGEST_WAIT) * 1000)
         except OSError:
             return False
         if any(mask & select.POLLOUT for _, mask in found):
@@ -314,6 +338,13 @@ class Handle:
     def has_taken_back(self, token: int) -> bool:
         """Whether everything unstarted when :meth:`take_back` was called has had its event (or the pool has ended)."""
         return self._flushed >= token or self.fileno() < 0
+
+
+def _submission(
+    job: int, lane: Lane, flag: int, soft: float, hard: float, hooks: bytes, body: bytes
+) -> tuple[bytes, ...]:
+    head = header(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, len(hooks), len(body))
+    return (head + hooks + body,) if len(body) < _JOIN_BELOW else (head + hooks, body)
 
 
 def boot_error(frame: Frame) -> BootError:

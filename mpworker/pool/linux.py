@@ -35,7 +35,7 @@ def adopt_orphans() -> bool:
 def native_threads() -> int:
     """Threads of this process as the kernel counts them, Python's or not; 1 where that cannot be told."""
     try:
-        return len(os.listdir("/proc/self/task"))  # noqa: PTH208  (a count, no paths)
+        return len(os.listdir("/proc/self/task"))
     except OSError:
         return 1
 

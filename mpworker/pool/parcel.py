@@ -77,9 +77,7 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     try:
         return pickle.dumps((fn, args, kwargs), pickle.HIGHEST_PROTOCOL)
     except Exception as exc:
-        raise PayloadError(
-            f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}"
-        ) from exc
+        raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
 
 def pack_error(exc: BaseException, text: str | None = None) -> bytes:
@@ -96,7 +94,7 @@ def pack_error(exc: BaseException, text: str | None = None) -> bytes:
         inner = pickle.dumps(exc, pickle.HIGHEST_PROTOCOL)
         if type(pickle.loads(inner)) is not type(exc):
             inner = b""
-    except Exception:  # whatever __reduce__ or __init__ raise: the text below tells the story
+    except BaseException:  # whatever __reduce__ or __init__ raise, sys.exit too: the text below tells the story
         inner = b""
     return pickle.dumps((name_of(type(exc)), _text_of(exc), text, inner), pickle.HIGHEST_PROTOCOL)
 
@@ -115,11 +113,11 @@ def unpack_error(body: bytes) -> BaseException:
     if inner:
         try:
             exc = pickle.loads(inner)
-        except Exception:  # the class exists only in the child, say
+        except BaseException:  # the class exists only in the child, say, or unpickling it exits
             exc = None
     if not isinstance(exc, BaseException):
         exc = RemoteError(type_name, message)
-    exc.__cause__ = RemoteTraceback(text)
+    BaseException.__setattr__(exc, "__cause__", RemoteTraceback(text))  # also on a frozen dataclass
     return exc
 
 
@@ -142,7 +140,7 @@ def open_outcome(flag: int, body: bytes) -> tuple[bool, Any]:
     if flag == Outcome.VALUE:
         try:
             return True, pickle.loads(body)
-        except Exception as exc:
+        except BaseException as exc:  # what a child sent must not end the thread that reads it
             error = PayloadError(f"the result cannot be unpickled here: {type(exc).__name__}: {exc}")
             error.__cause__ = exc
             return False, error

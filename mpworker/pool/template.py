@@ -70,7 +70,9 @@ def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:
         wanted = reader.missing
 
 
-def _fork(line: socket.socket, request: Frame, fds: list[int], boot: booting.Boot, dispatcher: int, ready: bool) -> None:
+def _fork(
+    line: socket.socket, request: Frame, fds: list[int], boot: booting.Boot, dispatcher: int, ready: bool
+) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     try:

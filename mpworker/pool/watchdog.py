@@ -1,7 +1,7 @@
 """The second thread of a worker: soft limit, hard limit, hand back, and the dispatcher's word while a task runs.
 
-Owns the clock of the current job. Never runs user code. It cannot run while C code holds the GIL or while the process is
-stopped, which is why the dispatcher holds the same deadline and a little grace.
+Owns the clock of the current job. Never runs user code. It cannot run while C code holds the GIL or while the process
+is stopped, which is why the dispatcher holds the same deadline and a little grace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from mpworker.errors import ProtocolError
-from mpworker.pool.frames import CHUNK, Frame, FrameReader, Kind, encode
+from mpworker.pool.frames import CHUNK, LONGEST_WAIT, Frame, FrameReader, Kind, encode
 
 if TYPE_CHECKING:
     from mpworker.pool.worker import Worker
@@ -63,7 +63,7 @@ class Watchdog(threading.Thread):
             self._wakes_at = due = self._look(now)
             if self._worker.alarm() < due:
                 continue  # a job began between the look and the promise
-            for descriptor, _ in poll.poll(None if due == inf else max(0.0, due - now) * 1000 + 0.5):
+            for descriptor, _ in poll.poll(min(max(0.0, due - now), LONGEST_WAIT) * 1000 + 0.5):
                 if descriptor == self._wake_reader:
                     os.read(self._wake_reader, 4096)
                 else:

@@ -1,7 +1,8 @@
 """The child: gets ready, then runs one job after another in its main thread.
 
-Owns the task thread. The second thread, which watches the limits, is in :mod:`mpworker.pool.watchdog`. Shares no lock and
-no queue with any other process: it has one line for frames and one for its watchdog, and both lead to the dispatcher.
+Owns the task thread. The second thread, which watches the limits, is in :mod:`mpworker.pool.watchdog`. Shares no lock
+and no queue with any other process: it has one line for frames and one for its watchdog, and both lead to the
+dispatcher.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class Worker:
                 self._interruptible = False
         except BaseException as exc:
             if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
-                exc.__traceback__ = exc.__traceback__.tb_next  # this frame is nobody's business
+                exc.with_traceback(exc.__traceback__.tb_next)  # this frame is nobody's business
             return Outcome.ERROR, pack_error(exc)
 
     def call_hooks(self, hooks: bytes, flag: int, body: bytes) -> None:
@@ -281,7 +282,7 @@ def process_name() -> str:
 def _unpack_call(body: bytes) -> Any:
     try:
         return pickle.loads(body)
-    except Exception as exc:
+    except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
         raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
 
 

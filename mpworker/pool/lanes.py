@@ -1,0 +1,195 @@
+"""One lane of the ledger: a queue, the workers that serve it, and who gets what next.
+
+Owns handing out, staffing and the kill ladder. Pure like the ledger it belongs to: no I/O, no clock, no processes.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator
+from math import inf
+
+from mpworker.pool import facts as f
+from mpworker.pool.facts import Action, Job, Lane, Worker
+from mpworker.states import JobState, WorkerState
+
+#: Seconds between SIGTERM and SIGKILL.
+TERM_TO_KILL = 0.1
+#: Seconds after SIGKILL at which a process counts as gone although the kernel still holds it.
+UNKILLABLE = 5.0
+#: Seconds in which a ready worker must start what it was given. Longer means that it is stopped or stuck.
+START_GRACE = 10.0
+#: Seconds an idle worker may take to leave when asked.
+LEAVE_GRACE = 5.0
+#: Workers that may die in a row before they are ready, and the seconds to wait after the first of them (then doubled).
+MAX_BOOT_FAILURES = 5
+BOOT_BACKOFF = 0.1
+#: A backlog of tiny jobs is handed out in batches worth about this many seconds …
+BATCH_SECONDS = 0.001
+#: … and of at most this many jobs.
+BATCH_JOBS = 64
+
+
+class LaneBook:
+    """The queue and the workers of one lane.
+
+    Args:
+        size: workers wanted.
+        ready_timeout: seconds a worker may take until it is ready.
+        max_tasks: jobs after which a worker is replaced, 0 for never.
+        ids: numbers for new workers.
+        out: where decisions are appended.
+    """
+
+    def __init__(
+        self, lane: Lane, size: int, ready_timeout: float, max_tasks: int, ids: Iterator[int], out: list[Action]
+    ) -> None:
+        self.lane, self.size = lane, size
+        self.queue: deque[Job] = deque()
+        self.workers: dict[int, Worker] = {}
+        self.idle: dict[int, Worker] = {}
+        #: give out nothing for now
+        self.paused = False
+        #: start no worker for now
+        self.closed = True
+        #: start only as many workers as the queue needs
+        self.draining = False
+        self.ever_ready = False
+        self._ready_timeout, self._max_tasks, self._ids, self._out = ready_timeout, max_tasks, ids, out
+        self._mean = 0.0  # running mean of run times in seconds; 0 until one is known
+        self._boot_failures = 0
+        self._spawn_at = inf
+
+    # -- handing out ---------------------------------------------------------------------------------------------
+
+    def feed(self, now: float) -> None:
+        """Gives what waits to whoever is idle."""
+        while self.queue and self.idle and not self.paused:
+            self.hand_out(self.idle.popitem()[1], now)
+
+    def hand_out(self, worker: Worker, now: float) -> None:
+        """Gives an available worker what it can hold, or notes that it is idle."""
+        room = 1 if worker.hold else self._depth()
+        if self._max_tasks:
+            room = min(room, self._max_tasks - worker.done)
+        if len(worker.jobs) <= room // 2 and not self.paused:
+            while len(worker.jobs) < room and (job := self._next()) is not None:
+                worker.jobs.append(job)
+                worker.state = WorkerState.BUSY
+                job.state, job.worker = JobState.ASSIGNED, worker
+                self._out.append(f.Assign(worker.id, job))
+        if not worker.jobs:
+            worker.state, worker.deadline = WorkerState.IDLE, inf
+            self.idle[worker.id] = worker
+        elif worker.running is None:
+            worker.deadline = now + START_GRACE
+
+    def _depth(self) -> int:
+        if not self._mean or self.lane is Lane.HOOKS:
+            return 1
+        share = len(self.queue) // max(1, len(self.workers))
+        return max(1, min(BATCH_JOBS, int(BATCH_SECONDS / self._mean), share))
+
+    def _next(self) -> Job | None:
+        while self.queue:
+            job = self.queue.popleft()
+            if job.state is JobState.QUEUED:  # else it was cancelled while it waited
+                return job
+        return None
+
+    def note_runtime(self, seconds: float) -> None:
+        """Takes one run time into the running mean."""
+        self._mean += (seconds - self._mean) * 0.1 if self._mean else seconds
+
+    # -- staffing ------------------------------------------------------------------------------------------------
+
+    def balance(self, now: float) -> None:
+        """Asks for as many workers as are missing."""
+        if self.closed or now < self._spawn_at < inf:
+            return
+        # A slot stays taken until its process is gone, so that two never share one.
+        taken = {worker.slot for worker in self.workers.values()}
+        wanted = min(self.size, len(self.queue) + len(self.workers)) if self.draining else self.size
+        for slot in range(wanted):
+            if slot not in taken:
+                worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
+                self.workers[worker.id] = worker
+                self._out.append(f.Spawn(worker.id, slot, self.lane))
+
+    def resize(self, size: int, now: float) -> None:
+        """Changes how many workers are wanted; surplus ones leave, idle ones and high slots first."""
+        self.size = size
+        staying = [w for w in self.workers.values() if w.state not in (WorkerState.STOPPING, WorkerState.KILLED)]
+        surplus = len(staying) - size
+        for worker in sorted(staying, key=lambda w: (bool(w.jobs), -w.slot))[: max(0, surplus)]:
+            self.retire(worker, now)
+        self.balance(now)
+
+    def ready(self, worker: Worker, pid: int, now: float) -> None:
+        """A worker has said that it can work."""
+        worker.pid = pid
+        self._boot_failures, self.ever_ready = 0, True
+        if worker.state is WorkerState.STARTING:
+            self.hand_out(worker, now)
+        elif worker.state is WorkerState.STOPPING:
+            self.dismiss(worker, now)
+
+    def boot_failed(self, now: float) -> int:
+        """A worker died before it was ready; the next waits a while.
+
+        Returns:
+            how many did so in a row.
+        """
+        self._boot_failures += 1
+        self._spawn_at = now + BOOT_BACKOFF * 2 ** (self._boot_failures - 1)
+        return self._boot_failures
+
+    def remove(self, worker: Worker) -> None:
+        """Its process has ended."""
+        self.workers.pop(worker.id, None)
+        self.idle.pop(worker.id, None)
+
+    def retire(self, worker: Worker, now: float) -> None:
+        """Has a worker leave after its current job; what it has not started goes to others."""
+        starting = worker.state is WorkerState.STARTING
+        worker.state = WorkerState.STOPPING
+        self.idle.pop(worker.id, None)
+        for job in worker.jobs:
+            if job is not worker.running:
+                self._out.append(f.Signal(worker.id, job.id, 0))
+        if not worker.jobs and not starting:  # one that starts is told when it is ready
+            self.dismiss(worker, now)
+
+    def dismiss(self, worker: Worker, now: float) -> None:
+        """Asks a worker without jobs to leave."""
+        worker.state, worker.deadline = WorkerState.STOPPING, now + LEAVE_GRACE
+        self.idle.pop(worker.id, None)
+        self._out.append(f.Dismiss(worker.id))
+
+    def kill(self, worker: Worker, now: float) -> None:
+        """Climbs the kill ladder by one rung."""
+        first = not worker.killed
+        self._out.append(f.Kill(worker.id, signal.SIGTERM if first else signal.SIGKILL))
+        self.idle.pop(worker.id, None)
+        worker.killed, worker.final = True, not first
+        if worker.state is not WorkerState.STARTING:
+            worker.state = WorkerState.KILLED
+        worker.deadline = now + (TERM_TO_KILL if first else UNKILLABLE)
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Starts workers whose time has come."""
+        if self._spawn_at <= now:
+            self._spawn_at = inf
+            self.balance(now)
+
+    def next_deadline(self) -> float:
+        """When something here is due; ``inf`` for never."""
+        deadline = self._spawn_at
+        for worker in self.workers.values():
+            deadline = min(deadline, worker.deadline)
+            if worker.running is not None:
+                deadline = min(deadline, worker.running.guard)
+        return deadline

@@ -1,0 +1,60 @@
+"""How the dispatcher's loop holds a line: non-blocking, with an outbox. Knows frames, not what they mean."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+from collections.abc import Callable
+
+from mpworker.pool.frames import Frame, Outbox
+
+
+class Wire:
+    """A non-blocking line with an outbox; registers for writing only while something waits."""
+
+    def __init__(self, selector: selectors.BaseSelector, sock: socket.socket, on_read: Callable[[], None]) -> None:
+        self.sock, self.outbox = sock, Outbox()
+        self._selector, self._on_read = selector, on_read
+        self._registered = selectors.EVENT_READ
+        selector.register(sock, selectors.EVENT_READ, self)
+
+    def put(self, frame: Frame) -> None:
+        self.outbox.put_frame(frame)
+
+    def flush(self) -> None:
+        """Sends what the peer takes; a peer that is gone is noticed when its line is read."""
+        if not self._registered:
+            return
+        try:
+            empty = self.outbox.flush(self.sock.send)
+        except OSError:
+            empty = True
+        wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE
+        if wanted != self._registered:
+            self._selector.modify(self.sock, wanted, self)
+            self._registered = wanted
+
+    def handle(self, mask: int) -> None:
+        if mask & selectors.EVENT_READ:
+            self._on_read()
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+
+    @property
+    def open(self) -> bool:
+        return bool(self._registered)
+
+    def close(self) -> None:
+        if self._registered:
+            self._selector.unregister(self.sock)
+            self._registered = 0
+
+
+class Listener:
+    """A selector entry that only reads."""
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
+        self._on_read = on_read
+
+    def handle(self, mask: int) -> None:
+        self._on_read()
