@@ -110,12 +110,13 @@ class LaneBook:
             return
         # A slot stays taken until its process is gone, so that two never share one.
         taken = {worker.slot for worker in self.workers.values()}
-        wanted = min(self.size, len(self.queue) + len(self.workers)) if self.draining else self.size
-        for slot in range(wanted):
-            if slot not in taken:
-                worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
-                self.workers[worker.id] = worker
-                self._out.append(f.Spawn(worker.id, slot, self.lane))
+        free = [slot for slot in range(self.size) if slot not in taken]
+        if self.draining:  # no more than there is work for
+            free = free[: max(0, len(self.queue) - len(self.workers))]
+        for slot in free:
+            worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
+            self.workers[worker.id] = worker
+            self._out.append(f.Spawn(worker.id, slot, self.lane))
 
     def resize(self, size: int, now: float) -> None:
         """Changes how many workers are wanted; surplus ones leave, idle ones and high slots first."""

@@ -55,6 +55,10 @@ def read_entries(paths: Iterable[Path], tally: Tally | None = None, start: int =
             for line in file:
                 yield from _read_line(line, path, offset, tally)
                 offset += len(line)
+                if not line.endswith(b"\n"):
+                    # Perhaps a record that is being written at this moment: its rest, which the next read might bring,
+                    # must not be taken for a line of its own.
+                    break
 
 
 def _read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[Entry]:

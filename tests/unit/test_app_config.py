@@ -1,6 +1,7 @@
 """Which broker, result backend and pool an app gets: configuration only, nothing is connected."""
 
 import pickle
+import pwd
 
 import pytest
 from celery import Celery
@@ -273,3 +274,16 @@ def test_rabbitmq_without_a_result_backend_is_said(monkeypatch, caplog):
     steps.warn(default_app())
     assert any("MPWORKER_RESULT_BACKEND" in line for line in caplog.messages)
     assert any("did you mean MPWORKER_BROKER_URL" in line for line in caplog.messages)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("MPWORKER_DATA_DIR", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    app = default_app()
+    assert "MPWORKER_DATA_DIR-is-not-usable" in app.conf.broker_url
+    with pytest.raises(ConfigurationError, match="set MPWORKER_DATA_DIR"):
+        settings_of(app)

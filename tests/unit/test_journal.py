@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,23 @@ def test_days_come_in_order_whatever_the_nodes_are_called(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     assert [p.name[:12] for p in Journal.files(tmp_path)] == ["a-2025-12-31", "b-2026-01-01", "a-2026-01-02"]
     assert Journal.files(tmp_path / "none") == []
+
+
+def test_a_record_seen_half_written_is_read_whole_the_next_time(tmp_path: Path) -> None:
+    """A reader met the end of the file in the middle of a record, and the rest of it with its next read."""
+    path = tmp_path / "node.jsonl"
+    lines = [Record(task_id=f"t{number}", status="SUCCESS").to_line() for number in range(3)]
+    path.write_bytes(b"".join(lines))
+
+    class Growing(io.BytesIO):
+        def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
+            return iter([lines[0], lines[1][:100], lines[1][100:], lines[2]])
+
+    class GrowingPath(type(path)):  # type: ignore[misc]
+        def open(self, *_: object) -> io.BytesIO:
+            return Growing()
+
+    tally = Tally()
+    assert [entry.record.task_id for entry in read_entries([GrowingPath(path)], tally)] == ["t0"]
+    assert (tally.end, tally.torn, tally.unfinished) == (len(lines[0]), 0, 1)
+    assert [entry.record.task_id for entry in read_entries([path], tally, tally.end)] == ["t1", "t2"]

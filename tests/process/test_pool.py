@@ -1,0 +1,294 @@
+"""What comes back from a pool: values, exceptions of every kind, in order, and one clear error for each bad argument."""
+
+from __future__ import annotations
+
+import multiprocessing
+import operator
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, as_completed, wait
+from pathlib import Path
+
+import pytest
+import support
+from support import PATIENCE, Signpost, wait_until
+
+from mpworker import ProcessPool, RemoteTraceback, TimeLimitExceeded, WorkerLost
+from mpworker.errors import ConfigurationError, PayloadError, RemoteError
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    with ProcessPool(2) as pool:
+        yield pool
+
+
+def test_submit_brings_the_value_from_another_process(pool: ProcessPool) -> None:
+    assert isinstance(pool, Executor)
+    assert pool.submit(support.add, 1, 2, more=3).result(PATIENCE) == 6
+    assert pool.submit(os.getpid).result(PATIENCE) in {worker["pid"] for worker in pool.stats()["workers"]}
+
+
+def test_schedule_takes_arguments_and_keywords(pool: ProcessPool) -> None:
+    future = pool.schedule(support.add, (1, 2), {"more": 3}, timeout=PATIENCE, soft_timeout=PATIENCE)
+    assert future.result(PATIENCE) == 6
+    assert pool.schedule(support.add).result(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("chunksize", [1, 7, 1000])
+def test_map_keeps_the_order(pool: ProcessPool, chunksize: int) -> None:
+    assert list(pool.map(operator.add, range(100), range(0, 200, 2), chunksize=chunksize)) == list(range(0, 300, 3))
+
+
+def test_map_raises_where_the_task_did(pool: ProcessPool) -> None:
+    results = pool.map(operator.floordiv, [4, 4, 4], [2, 0, 1])
+    assert next(results) == 2
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_map_gives_up_in_time_and_cancels_the_rest(pool: ProcessPool) -> None:
+    before = pool.stats()["cancelled"]
+    results = pool.map(support.sleep, [0.0, 3600.0, 3600.0, 3600.0], timeout=1.0)
+    assert next(results) == 0.0
+    with pytest.raises(TimeoutError):
+        next(results)
+    # The one that was waited for goes on, as with concurrent.futures; those behind it do not.
+    wait_until(lambda: pool.stats()["cancelled"] - before >= 2, what="the rest is cancelled")
+    for job in list(pool._core.futures.values()):  # type: ignore[union-attr]
+        job.cancel()
+
+
+def test_the_helpers_of_concurrent_futures_work(pool: ProcessPool) -> None:
+    futures = [pool.submit(support.give, number) for number in range(20)]
+    assert sorted(future.result() for future in as_completed(futures, PATIENCE)) == list(range(20))
+    done, pending = wait([pool.submit(support.fail), pool.submit(support.give)], PATIENCE)
+    assert (len(done), len(pending)) == (2, 0)
+
+
+def test_many_tiny_tasks_all_come_back(pool: ProcessPool) -> None:
+    futures = [pool.submit(support.give, number) for number in range(5000)]
+    assert [future.result(PATIENCE) for future in futures] == list(range(5000))
+    assert pool.stats()["pending"] == 0
+
+
+def test_a_large_value_travels_both_ways(pool: ProcessPool) -> None:
+    large = os.urandom(1 << 20) * 40
+    assert pool.submit(support.give, large).result(PATIENCE) == large
+
+
+def test_large_values_both_ways_at_once_wedge_nothing(pool: ProcessPool) -> None:
+    large = bytes(4 << 20)
+    futures = [pool.submit(support.give, large) for _ in range(16)]
+    assert all(future.result(PATIENCE) == large for future in futures)
+
+
+def test_an_exception_arrives_with_its_type_and_traceback(pool: ProcessPool) -> None:
+    error = pool.submit(support.fail, "the text").exception(PATIENCE)
+    assert type(error) is ValueError
+    assert str(error) == "the text"
+    assert isinstance(error.__cause__, RemoteTraceback)
+    assert "support.py" in str(error.__cause__)
+    assert "raise kind(text)" in str(error.__cause__)
+    assert "pool/worker.py" not in str(error.__cause__)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, RecursionError])
+def test_a_worker_outlives_any_exception(pool: ProcessPool, kind: type[BaseException]) -> None:
+    before = {worker["pid"] for worker in pool.stats()["workers"]}
+    assert type(pool.submit(support.fail, "x", kind).exception(PATIENCE)) is kind
+    assert pool.submit(os.getpid).result(PATIENCE) in before or not before
+
+
+def test_an_exception_that_does_not_unpickle_arrives_as_its_text(pool: ProcessPool) -> None:
+    error = pool.submit(support.raise_two).exception(PATIENCE)
+    assert isinstance(error, RemoteError)
+    assert error.type_name == "support.TwoArguments"
+    assert error.text == "1/2"
+    assert "raise TwoArguments(1, 2)" in str(error.__cause__)
+
+
+def test_an_exception_that_refuses_attributes_arrives(pool: ProcessPool) -> None:
+    error = pool.submit(support.raise_it, support.Refusing("no")).exception(PATIENCE)
+    assert type(error) is support.Refusing
+    assert isinstance(error.__cause__, RemoteTraceback)
+
+
+def test_a_frozen_exception_arrives_as_its_text(pool: ProcessPool) -> None:
+    error = pool.submit(support.raise_frozen).exception(PATIENCE)
+    assert isinstance(error, RemoteError)
+    assert error.type_name == "support.Frozen"
+
+
+# Fault x stage, as in CPython's test_deadlock: whatever breaks, one task fails and the pool goes on.
+@pytest.mark.parametrize("how", ["error", "exit", "crash"])
+@pytest.mark.parametrize("stage", ["unpickle the call", "pickle the result", "pickle the exception"])
+def test_what_breaks_in_the_worker_stays_with_its_task(pool: ProcessPool, stage: str, how: str) -> None:
+    if stage == "unpickle the call":
+        future = pool.submit(support.give, support.Unwilling("load", how))
+    elif stage == "pickle the result":
+        future = pool.submit(support.return_unwilling, "dump", how)
+    else:
+        future = pool.submit(support.raise_unwilling, "dump", how)
+    around = [pool.submit(support.give, number) for number in range(10)]
+    error = future.exception(PATIENCE)
+    assert isinstance(error, BaseException)
+    if how == "crash":
+        assert isinstance(error, WorkerLost)
+    elif stage == "pickle the exception":
+        assert isinstance(error, RemoteError)
+        assert error.type_name == "RuntimeError"
+    elif how == "error":
+        assert isinstance(error, PayloadError)
+        assert "it will not travel" in str(error)
+    assert [task.result(PATIENCE) for task in around] == list(range(10))
+
+
+@pytest.mark.parametrize("how", ["error", "exit"])
+@pytest.mark.parametrize("what", ["result", "exception"])
+def test_what_breaks_in_the_parent_stays_with_its_task(what: str, how: str) -> None:
+    with ProcessPool(1) as pool:
+        job = support.return_unwilling if what == "result" else support.raise_unwilling
+        error = pool.submit(job, "load", how).exception(PATIENCE)
+        assert isinstance(error, PayloadError if what == "result" else RemoteError)
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def test_an_unpicklable_result_is_named(pool: ProcessPool) -> None:
+    error = pool.submit(threading.Lock).exception(PATIENCE)
+    assert isinstance(error, PayloadError)
+    assert "the result, a lock, cannot be pickled" in str(error).replace("_thread.", "")
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"), [(lambda: 1, ()), (support.give, (threading.Lock(),)), (support.give, (lambda: 1,))]
+)
+def test_an_unpicklable_call_is_refused_at_once(pool: ProcessPool, function: object, argument: tuple[object]) -> None:
+    before = pool.stats()["submitted"]
+    with pytest.raises(PayloadError, match="the call of .* cannot be pickled"):
+        pool.submit(function, *argument)  # type: ignore[arg-type]
+    with pytest.raises(PayloadError, match="a callback cannot be pickled"):
+        pool.schedule(support.give, callback=lambda value: None)
+    assert pool.stats()["submitted"] == before
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def test_a_task_may_use_multiprocessing_itself(pool: ProcessPool) -> None:
+    assert pool.submit(_square_elsewhere, 7).result(PATIENCE) == 49
+
+
+def _square_elsewhere(number: int) -> int:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_send_square, args=(there, number))
+    process.start()
+    process.join(PATIENCE)
+    return int(here.recv())
+
+
+def _send_square(there: object, number: int) -> None:
+    there.send(number * number)  # type: ignore[attr-defined]
+
+
+def test_a_child_that_a_task_forked_does_not_come_back_as_a_worker(pool: ProcessPool) -> None:
+    future = pool.submit(_fork_and_return)
+    assert future.result(PATIENCE) > 0
+    assert [pool.submit(support.give, number).result(PATIENCE) for number in range(20)] == list(range(20))
+
+
+def _fork_and_return() -> int:
+    return os.fork() or -1
+
+
+def test_a_task_that_closes_every_descriptor_harms_only_itself(pool: ProcessPool) -> None:
+    assert isinstance(pool.submit(os.closerange, 0, 1024).exception(PATIENCE), WorkerLost)
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def test_max_pending_makes_submit_wait(tmp_path: Path) -> None:
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    with ProcessPool(1, max_pending=2) as pool:
+        first, second = pool.submit(support.meet, here, go), pool.submit(support.give, 2)
+        here.wait()
+        third: list[object] = []
+        thread = threading.Thread(target=lambda: third.append(pool.submit(support.give, 3).result(PATIENCE)))
+        thread.start()
+        thread.join(0.3)
+        assert pool.stats()["submitted"] == 2
+        go.set()
+        thread.join(PATIENCE)
+        assert third == [3]
+        assert first.result(0) > 0
+        assert second.result(PATIENCE) == 2
+
+
+def test_stats_count(tmp_path: Path) -> None:
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    pool = ProcessPool(2)
+    assert pool.stats()["workers"] == []
+    assert pool.stats()["dispatcher"] is None
+    with pool:
+        futures = [pool.submit(support.give), pool.submit(support.fail), pool.submit(support.die, "exit")]
+        futures.append(pool.schedule(support.sleep, timeout=0.1))
+        wait(futures, PATIENCE)
+        pool.submit(support.meet, here, go)
+        here.wait()
+        stats = wait_until(lambda: pool.stats() if pool.stats()["running"] else None, what="it is seen to run")
+        assert {key: stats[key] for key in ("submitted", "done", "failed", "lost", "timed_out", "cancelled")} == {
+            **{"submitted": 5, "done": 1, "failed": 1, "lost": 1, "timed_out": 1, "cancelled": 0}
+        }
+        assert (stats["pending"], stats["running"]) == (1, 1)
+        assert support.alive(stats["dispatcher"])
+        go.set()
+
+
+BAD = [
+    ({"max_workers": 0}, "max_workers"),
+    ({"max_workers": -1}, "max_workers"),
+    ({"max_workers": 1.5}, "max_workers"),
+    ({"max_workers": True}, "max_workers"),
+    ({"max_workers": "2"}, "max_workers"),
+    ({"start_method": "thread"}, "start_method"),
+    ({"max_tasks_per_worker": 0}, "max_tasks_per_worker"),
+    ({"max_memory_per_worker": -1}, "max_memory_per_worker"),
+    ({"timeout": 0}, "timeout"),
+    ({"timeout": "1"}, "timeout"),
+    ({"timeout": float("nan")}, "timeout"),
+    ({"timeout": float("inf")}, "timeout"),
+    ({"timeout": 10**400}, "timeout"),
+    ({"soft_timeout": -0.1}, "soft_timeout"),
+    ({"max_pending": 0}, "max_pending"),
+    ({"callback_timeout": 0}, "callback_timeout"),
+    ({"ready_timeout": -1}, "ready_timeout"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "name"), BAD)
+def test_a_bad_argument_gets_one_clear_line(arguments: dict[str, object], name: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        ProcessPool(**arguments)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"{name} must be ")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_initializer_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="initializer"):
+        ProcessPool(initializer=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", ["timeout", "soft_timeout"])
+@pytest.mark.parametrize("value", [0, -1, "1", True, float("inf"), 10**400])
+def test_a_bad_limit_of_one_task_is_refused(pool: ProcessPool, limit: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{limit} must be "):
+        pool.schedule(support.give, **{limit: value})  # type: ignore[arg-type]
+
+
+def test_a_bad_chunksize_is_refused(pool: ProcessPool) -> None:
+    with pytest.raises(ConfigurationError, match="chunksize"):
+        pool.map(support.give, [1], chunksize=0)
+
+
+def test_the_errors_fit_the_standard_trees() -> None:
+    assert issubclass(TimeLimitExceeded, TimeoutError)
+    assert issubclass(ConfigurationError, ValueError)
+    assert issubclass(PayloadError, TypeError)

@@ -1,0 +1,226 @@
+"""Limits hold whatever a task does: hard ones end its process group in time, soft ones interrupt it and say so."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+from support import PATIENCE, SLACK, Signpost, wait_until
+
+from mpworker import ProcessPool, RemoteTraceback, SoftTimeLimitExceeded, TimeLimitExceeded
+
+LIMIT = 0.5
+MONTH = 30 * 86400.0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    with ProcessPool(2) as pool:
+        pool.submit(support.give).result(PATIENCE)
+        yield pool
+
+
+def deaf_sleep() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    support.sleep()
+
+
+def hold_the_gil() -> None:
+    """Sleeps in C without letting any other thread run."""
+    ctypes.PyDLL(None).usleep(60_000_000)
+
+
+def backtrack() -> None:
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def swallow() -> None:
+    while True:
+        with contextlib.suppress(BaseException):
+            support.sleep()
+
+
+def block_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+    support.sleep()
+
+
+STUBBORN = [support.sleep, spin, deaf_sleep, hold_the_gil, backtrack, stop_itself, block_signals]
+
+
+@pytest.mark.parametrize("task", STUBBORN, ids=lambda task: task.__name__)
+def test_a_hard_limit_ends_any_task_in_time(pool: ProcessPool, task: object) -> None:
+    begun = time.monotonic()
+    future = pool.schedule(task, timeout=LIMIT)  # type: ignore[arg-type]
+    with pytest.raises(TimeLimitExceeded) as caught:
+        future.result(PATIENCE)
+    assert LIMIT <= time.monotonic() - begun < LIMIT + 1 + SLACK
+    assert caught.value.limit == LIMIT
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def test_the_time_starts_with_the_task_and_not_in_the_queue(tmp_path: Path) -> None:
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    with ProcessPool(1) as pool:
+        first = pool.submit(support.meet, here, go)
+        second = pool.schedule(support.give, (2,), timeout=0.2)
+        here.wait()
+        with pytest.raises(TimeoutError):
+            second.result(0.5)
+        go.set()
+        assert first.result(PATIENCE) > 0
+        assert second.result(PATIENCE) == 2
+
+
+def test_the_pools_own_limits_hold_where_a_task_brings_none() -> None:
+    with ProcessPool(2, timeout=0.3, soft_timeout=0.1) as pool:
+        assert isinstance(pool.submit(swallow).exception(PATIENCE), TimeLimitExceeded)
+        assert isinstance(pool.submit(support.sleep).exception(PATIENCE), SoftTimeLimitExceeded)
+        assert pool.schedule(time.sleep, (0.5,), timeout=PATIENCE, soft_timeout=PATIENCE).result(PATIENCE) is None
+        assert list(pool.map(time.sleep, [0.08] * 4, chunksize=4)) == [None] * 4
+
+
+def test_a_soft_limit_interrupts_a_system_call(pool: ProcessPool) -> None:
+    begun = time.monotonic()
+    error = pool.schedule(support.sleep, soft_timeout=LIMIT).exception(PATIENCE)
+    assert isinstance(error, SoftTimeLimitExceeded)
+    assert error.limit == LIMIT
+    assert LIMIT <= time.monotonic() - begun < LIMIT + 1 + SLACK
+    assert "time.sleep(seconds)" in str(error.__cause__)
+
+
+def clean_up(path: Path) -> str:
+    try:
+        support.sleep()
+    except SoftTimeLimitExceeded:
+        support.append(path, "cleaned up")
+    return "partial"
+
+
+def test_a_soft_limit_lets_the_task_clean_up_and_keeps_its_process(pool: ProcessPool, tmp_path: Path) -> None:
+    before = {worker["pid"] for worker in pool.stats()["workers"]}
+    future = pool.schedule(clean_up, (tmp_path / "log",), soft_timeout=0.2, timeout=PATIENCE)
+    assert future.result(PATIENCE) == "partial"
+    assert support.lines(tmp_path / "log") == ["cleaned up"]
+    assert {worker["pid"] for worker in pool.stats()["workers"]} == before
+
+
+def test_a_swallowed_soft_limit_still_ends_at_the_hard_one(pool: ProcessPool) -> None:
+    begun = time.monotonic()
+    error = pool.schedule(swallow, soft_timeout=0.2, timeout=LIMIT).exception(PATIENCE)
+    assert isinstance(error, TimeLimitExceeded)
+    assert LIMIT <= time.monotonic() - begun < LIMIT + 1 + SLACK
+
+
+def test_a_soft_limit_never_reaches_the_next_task(pool: ProcessPool) -> None:
+    # The limit falls just where the task ends: either it strikes the task or nobody.
+    futures = []
+    for _ in range(60):
+        futures.append(pool.schedule(time.sleep, (0.01,), soft_timeout=0.01))
+        futures.append(pool.submit(support.give, 1))
+    for future in futures[0::2]:
+        assert isinstance(future.exception(PATIENCE), SoftTimeLimitExceeded | None)
+    assert [future.result(PATIENCE) for future in futures[1::2]] == [1] * 60
+
+
+def test_a_hard_limit_that_meets_the_end_of_the_task_gives_one_outcome(pool: ProcessPool) -> None:
+    futures = [pool.schedule(time.sleep, (0.02,), timeout=0.02) for _ in range(20)]
+    after = [pool.submit(support.give, number) for number in range(20)]
+    for future in futures:
+        assert isinstance(future.exception(PATIENCE), TimeLimitExceeded | None)
+    assert [future.result(PATIENCE) for future in after] == list(range(20))
+
+
+def start_family(folder: Path) -> None:
+    """A shell with a child, and a fork; their pids go to files."""
+    subprocess.Popen(["sh", "-c", f"echo $$ > {folder}/shell; sleep 3600 & echo $! > {folder}/sleep; wait"])
+    child = os.fork()
+    if not child:
+        support.sleep()
+    (folder / "fork").write_text(str(child))
+    support.sleep()
+
+
+@pytest.mark.parametrize("how", ["limit", "cancel"])
+def test_a_tasks_own_children_end_with_it(pool: ProcessPool, tmp_path: Path, how: str) -> None:
+    future = pool.schedule(start_family, (tmp_path,), timeout=2.0 if how == "limit" else None)
+    paths = [tmp_path / name for name in ("shell", "sleep", "fork")]
+    pids = [
+        int(wait_until(lambda path=path: path.exists() and path.read_text().strip(), what=path.name)) for path in paths
+    ]
+    if how == "cancel":
+        assert future.cancel()
+    else:
+        assert isinstance(future.exception(PATIENCE), TimeLimitExceeded)
+    for pid in pids:
+        wait_until(lambda pid=pid: not support.alive(pid), 5.0, f"process {pid} of the task ends")
+
+
+def test_the_error_says_where_the_task_was(pool: ProcessPool) -> None:
+    error = pool.schedule(support.sleep, timeout=0.2).exception(PATIENCE)
+    assert isinstance(error, TimeLimitExceeded)
+    assert isinstance(error.__cause__, RemoteTraceback)
+    assert "support.py" in str(error.__cause__)
+    assert "time.sleep(seconds)" in str(error.__cause__)
+    assert "pool/worker.py" not in str(error.__cause__)
+
+
+def test_limits_hold_while_the_parent_is_stopped(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+import support
+from mpworker import ProcessPool
+if __name__ == "__main__":
+    with ProcessPool(1) as pool:
+        future = pool.schedule(support.meet, (support.Signpost(Path("here")), support.Signpost(Path("never"))), timeout=1)
+        print(type(future.exception(30)).__name__)
+"""
+    process = support.start_script(script, tmp_path)
+    pid = int(Signpost(tmp_path / "here").wait())
+    process.send_signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: not support.alive(pid), 2 + SLACK, "the task ends though nobody in the parent runs")
+    finally:
+        process.send_signal(signal.SIGCONT)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert out == "TimeLimitExceeded\n"
+
+
+@pytest.mark.parametrize("limits", [{"timeout": MONTH}, {"soft_timeout": MONTH}, {"timeout": 1e12}])
+def test_a_limit_of_a_month_is_a_limit_like_any_other(limits: dict[str, float]) -> None:
+    with ProcessPool(1, ready_timeout=MONTH, callback_timeout=MONTH) as pool:
+        # Longer than the watchdog's first look, so that somebody waits for that limit.
+        assert pool.schedule(time.sleep, (0.3,), **limits).result(PATIENCE) is None  # type: ignore[arg-type]
+        dispatcher = pool.stats()["dispatcher"]
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+        assert pool.stats()["dispatcher"] == dispatcher
+
+
+def test_a_limit_shorter_than_a_tick_still_ends_it(pool: ProcessPool) -> None:
+    assert isinstance(pool.schedule(support.sleep, timeout=1e-9).exception(PATIENCE), TimeLimitExceeded)
+    assert isinstance(pool.schedule(support.sleep, soft_timeout=1e-9).exception(PATIENCE), SoftTimeLimitExceeded)
+
+
+def test_the_interpreter_used_by_the_tests_is_the_one_of_the_workers(pool: ProcessPool) -> None:
+    assert pool.submit(eval, "__import__('sys').executable").result(PATIENCE) == sys.executable
