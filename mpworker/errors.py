@@ -109,6 +109,7 @@ class WorkerLost(MPWorkerError):
         signal: the number of that signal, else ``None``.
         max_rss: the most memory it was seen to use, in bytes, ``None`` where it is not known.
         by_pool: the pool itself sent the signal (so it was not the kernel's OOM killer).
+        why: what else is known.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class WorkerLost(MPWorkerError):
         signal: int | None = None,
         max_rss: int | None = None,
         by_pool: bool = False,
+        why: str = "",
     ) -> None:
-        super().__init__(pid, exitcode, signal, max_rss, by_pool)
-        self.pid, self.exitcode, self.signal, self.max_rss, self.by_pool = pid, exitcode, signal, max_rss, by_pool
+        super().__init__(pid, exitcode, signal, max_rss, by_pool, why)
+        self.pid, self.exitcode, self.signal, self.max_rss = pid, exitcode, signal, max_rss
+        self.by_pool, self.why = by_pool, why
 
     def __str__(self) -> str:
         who = f"worker process {self.pid}" if self.pid else "the worker process"
@@ -132,7 +135,8 @@ class WorkerLost(MPWorkerError):
             how = "was lost"
         rss = f"; it had used up to {self.max_rss / 2**20:.0f} MiB" if self.max_rss else ""
         oom = "; out of memory?" if self.signal == _signal.SIGKILL and not self.by_pool else ""
-        return f"{who} {how} while it ran the task{rss}{oom}"
+        why = f"; {self.why}" if self.why else ""
+        return f"{who} {how} while it ran the task{rss}{oom}{why}"
 
 
 class RemoteTraceback(Exception):

@@ -109,6 +109,8 @@ def _whole(handler: logging.Handler) -> WholeRecordHandler | None:
     if type(handler) in (logging.FileHandler, logging.handlers.WatchedFileHandler):
         assert isinstance(handler, logging.FileHandler)
         handler.close()
+        if os.path.getsize(handler.baseFilename) == 0:  # just created, by a handler that does not care for whom
+            os.chmod(handler.baseFilename, 0o600)
         return WholeRecordHandler(path=handler.baseFilename)
     if type(handler) is logging.StreamHandler:
         try:

@@ -1,19 +1,17 @@
 """What a child of a Celery node does: find the app, become a Celery worker process, run the target, call its hooks.
 
-Owns everything that happens inside worker processes and the callback process on Celery's behalf. Never runs in the main
+Owns what happens inside worker processes and the callback process on Celery's behalf. Never runs in the main
 process, except for :func:`describe_app`, which tells the children where to look.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -29,14 +27,11 @@ from celery.utils.log import ColorFormatter, get_logger
 from celery.worker import state as worker_state
 
 from mpworker import logs
+from mpworker.celery import hooks
 from mpworker.celery.models import register_models
 from mpworker.pool import worker as pool_worker
-from mpworker.pool.callbacks import pack_hooks
 from mpworker.pool.facts import Lane
-from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
 from mpworker.results.record import task_begins, task_ends
-
-CALLBACK, ERROR_CALLBACK = "callback", "error_callback"
 
 
 class AppSpec(NamedTuple):
@@ -153,8 +148,7 @@ def initialize(hostname: str, journal: bool) -> None:
         from mpworker.celery.backend import enable_journal
 
         enable_journal(settings_of(app), hostname)
-    signals.task_success.connect(_on_success, weak=False, dispatch_uid="mpworker.success")
-    signals.task_failure.connect(_on_failure, weak=False, dispatch_uid="mpworker.failure")
+    hooks.listen_in_worker()
     for name, task in app.tasks.items():
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
     worker_state.reset_state()
@@ -209,76 +203,25 @@ class _TaskFormatter(ColorFormatter):  # type: ignore[misc]
 
 # -- one task ----------------------------------------------------------------------------------------------------------
 
-_task_id: str | None = None
-
 
 def run(target: Callable[..., Any], *args: Any) -> Any:
     """Runs Celery's trace function for one message; ``args`` are the task's name, its id, and what else Celery gave."""
-    global _task_id
-    _task_id = args[1] if len(args) > 1 else None
-    if _task_id is None:
+    task_id = args[1] if len(args) > 1 else None
+    if task_id is None:
         return target(*args)
-    task_begins(_task_id)
+    hooks.follow(task_id)
+    task_begins(task_id)
     try:
         return target(*args)
     finally:
         task_ends()
-        _task_id = None
+        hooks.follow(None)
 
 
 def soft_limit_error(limit: float | None) -> BaseException:
     """What the soft limit raises in a Celery task."""
     error: BaseException = SoftTimeLimitExceeded(*([limit] if limit else []))
     return error
-
-
-# -- callbacks ---------------------------------------------------------------------------------------------------------
-
-
-def hooks_of(task: Any) -> bytes:
-    """The packed callbacks of a task, by name, so that the callback process finds them in its own registry."""
-    if not any(find_hook(task, which) for which in (CALLBACK, ERROR_CALLBACK)):
-        return b""
-    return pack_hooks(partial(call_hook, task.name, CALLBACK), partial(call_hook, task.name, ERROR_CALLBACK))
-
-
-def find_hook(task: Any, which: str) -> Callable[[Any], object] | None:
-    """What ``@app.task(callback=…)`` was given, or a method of that name in a task class."""
-    raw = inspect.getattr_static(task, which, None)
-    if raw is None:
-        return None
-    if inspect.isfunction(raw) and not raw.__qualname__.endswith(f".{which}"):
-        return raw  # an option, which Celery keeps as a class attribute: not to be bound to the task
-    hook = getattr(task, which)
-    return hook if callable(hook) else None
-
-
-def call_hook(name: str, which: str, value: Any) -> None:
-    """In the callback process: calls the hook of a task, if it has that one."""
-    assert _app is not None
-    hook = find_hook(_app.tasks[name], which)
-    if hook is not None:
-        hook(value)
-
-
-def _on_success(sender: Any, result: Any = None, **_: Any) -> None:
-    if _is_current(sender) and (hooks := hooks_of(sender)):
-        _call(hooks, *pack_outcome(result))
-
-
-def _on_failure(sender: Any, exception: BaseException, **_: Any) -> None:
-    if _is_current(sender) and (hooks := hooks_of(sender)):
-        _call(hooks, Outcome.ERROR, pack_error(exception))
-
-
-def _is_current(task: Any) -> bool:
-    # Tasks that this one runs eagerly send the same signals.
-    return _task_id is not None and task.request.id == _task_id
-
-
-def _call(hooks: bytes, flag: Outcome, body: bytes) -> None:
-    if pool_worker.this_worker is not None:
-        pool_worker.this_worker.call_hooks(hooks, flag, body)
 
 
 def without_arguments(request: Mapping[str, Any]) -> dict[str, Any]:

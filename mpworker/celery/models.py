@@ -48,11 +48,6 @@ def _register(app: Celery, model: type[Model]) -> None:
 
 def client(broker: str) -> Celery:
     """An app that sends tasks to ``broker`` and, if that is Redis, reads their results there. Connects to nothing."""
-    results = journal_url(kombu_url(broker))
-    readable = isinstance(results, str) and results.startswith("mpworker+")
-    return Celery(
-        "mpworker.model",
-        broker=kombu_url(broker),
-        backend=results.removeprefix("mpworker+") if readable else None,
-        set_as_current=False,
-    )
+    url = kombu_url(broker)
+    readable = str(journal_url(url)).startswith("mpworker+")
+    return Celery("mpworker.model", broker=url, backend=url if readable else None, set_as_current=False)

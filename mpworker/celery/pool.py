@@ -9,14 +9,12 @@ transport) one supervisor thread does the same.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -27,12 +25,13 @@ from celery.worker import state as worker_state
 
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
+from mpworker.celery.hooks import ParentHooks
+from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import handle as handles
-from mpworker.pool.callbacks import log_hook_failure
 from mpworker.pool.frames import Frame, Kind
-from mpworker.pool.parcel import Outcome, open_outcome, pack_call, pack_error
+from mpworker.pool.parcel import open_outcome, pack_call
 from mpworker.states import JobState
 
 logger = logging.getLogger("mpworker.pool")
@@ -44,15 +43,12 @@ TERMINATE_GRACE = 3.0
 _ASK_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT})
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
-#: Names of tasks kept for the log of their callbacks.
-_MAX_NAMES = 10_000
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
 
 class Job:
     """One message in the pool: what Celery wants to hear about it."""
 
-    __slots__ = ("__weakref__", "callbacks", "id", "limits", "name", "pid", "pool", "started", "task_id", "terminated")
+    __slots__ = ("__weakref__", "callbacks", "id", "name", "pid", "pool", "task_id", "terminated")
 
     def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
@@ -82,14 +78,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._timeouts = self.options.get("soft_timeout") or 0.0, self.options.get("timeout") or 0.0
         self._jobs: dict[int, Job] = {}
         self._events: deque[Frame] = deque()
-        self._names: dict[int, str] = {}
-        self._hub: Any = None
-        self._writer: int | None = None
-        self._watched: tuple[int, int] | None = None
         self._pumping = threading.RLock()
-        self._stopping = False
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
         self.handle: handles.Handle = self._make_handle()
+        self._loop = LoopLink(self.handle, self._pump)
+        self._hooks = ParentHooks(self.handle)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -130,8 +123,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             SystemExit: the workers cannot start; the reason has been logged.
         """
         child.keep_logs_whole()
-        signals.task_failure.connect(self._on_failure_here, weak=True)
-        signals.task_revoked.connect(self._on_revoked_here, weak=True)
+        self._hooks.connect()
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
@@ -147,31 +139,29 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def did_start_ok(self) -> bool:
         return self.handle.ready or not self.limit
 
-    def on_close(self) -> None:
-        self._stopping = True
-
     def on_stop(self) -> None:
         """Warm: lets started jobs finish, hears their results, sends their acks. May be entered again by a signal."""
-        self._stopping = True
         self.flush()
+        while self._jobs and self.handle.fileno() >= 0:
+            self._step(0.2)
+            self._loop.keep_alive()
+        # Only now: what Celery made of the last ends may have asked for callbacks.
         self.handle.close()
         while not self.handle.finished and self.handle.fileno() >= 0:
             self._step(0.2)
-            self._keep_connection_alive()
+            self._loop.keep_alive()
         self._pump()
-        self._keep_connection_alive()
+        self._loop.keep_alive()
         self._disconnect()
 
     def on_terminate(self) -> None:
         """Cold: ends everything at once."""
-        self._stopping = True
         self._disconnect()
         self.handle.kill()
 
     def _disconnect(self) -> None:
-        signals.task_failure.disconnect(self._on_failure_here)
-        signals.task_revoked.disconnect(self._on_revoked_here)
-        self._unwatch()
+        self._hooks.disconnect()
+        self._loop.disconnect()
 
     def flush(self) -> None:
         """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""
@@ -187,17 +177,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         else:
             self.handle.wait(patience)
             self._pump()
-
-    def _keep_connection_alive(self) -> None:
-        """While the event loop stands still: its timers (AMQP heartbeats), and the acks of what just finished."""
-        hub = self._hub
-        if hub is None:
-            return
-        try:
-            hub.fire_timers()
-            _run_acks(hub)
-        except Exception:
-            logger.exception("error in the event loop's timers during shutdown")
 
     # -- jobs in -------------------------------------------------------------------------------------------------
 
@@ -225,7 +204,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return job
         soft, hard = self._timeouts
         self.handle.submit(job.id, body, soft=soft_timeout or soft, hard=timeout or hard)
-        self._watch_writing()
+        self._loop.watch_writing()
         return job
 
     def terminate_job(self, pid: int, signum: int | None = None) -> None:
@@ -240,38 +219,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at the start and after each reconnect of the broker."""
-        self._hub = hub
-        hub.on_tick.add(self._watch_writing)
-        self._watch()
-
-    def _watch(self) -> None:
-        self._unwatch()
-        fd = self.handle.fileno()
-        if self._hub is not None and fd >= 0:
-            self._watched = fd, self.handle.generation
-            self._hub.add_reader(fd, self._pump)
-
-    def _unwatch(self) -> None:
-        if self._hub is not None and self._watched is not None:
-            self._hub.remove(self._watched[0])
-        self._watched = None
-        if self._writer is not None:
-            self._hub.remove(self._writer)
-            os.close(self._writer)
-            self._writer = None
-
-    def _watch_writing(self) -> None:
-        """Has the loop call us when the dispatcher takes more. A second descriptor: the loop knows one use of each."""
-        if self._hub is None or not self.handle.wants_write or self._writer is not None or self.handle.fileno() < 0:
-            return
-        self._writer = os.dup(self.handle.fileno())
-        self._hub.add_writer(self._writer, self._on_writable)
-
-    def _on_writable(self) -> None:
-        if self.handle.flush() and self._writer is not None:
-            self._hub.remove(self._writer)
-            os.close(self._writer)
-            self._writer = None
+        self._loop.connect(hub)
 
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:
@@ -286,7 +234,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         loop would be taken for a lost broker."""
         with self._pumping:
             try:
-                with _signals_held_back():  # a handler may come here itself, but not into a half-read frame
+                with signals_held_back():  # a handler may come here itself, but not into a half-read frame
                     self._events.extend(self.handle.drain())
             except Exception:
                 logger.exception("reading from the dispatcher failed")
@@ -297,13 +245,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
                     raise
                 except Exception:
                     logger.exception("a callback of Celery's failed")
-            if self._watched is not None and self._watched != (self.handle.fileno(), self.handle.generation):
-                self._watch()
+            self._loop.follow()
 
     def _on_event(self, frame: Frame) -> None:
         kind = frame.kind
         if kind is Kind.HOOK_ENDED:
-            self._on_hook_ended(frame)
+            self._hooks.ended(frame)
         elif kind is Kind.LOG:
             logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
         elif kind is Kind.BROKEN:
@@ -311,6 +258,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             worker_state.should_stop = EX_BROKEN
         elif (job := self._jobs.get(frame.job)) is None:
             return
+        elif kind is Kind.HOOK_QUEUED:
+            self._hooks.queued(job.id, f"{job.name}[{job.task_id}]")
         elif kind is Kind.STARTED:
             job.pid = int(frame.b)
             self._call(job, "accept_callback", job.pid, frame.a)
@@ -339,9 +288,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """The one terminal callback of a job, then its slot is free."""
         self._jobs.pop(job.id, None)
         try:
-            self._names[job.id] = f"{job.name}[{job.task_id}]"
-            while len(self._names) > _MAX_NAMES:
-                del self._names[next(iter(self._names))]
             self._call(job, which, *args, **kwargs)
         finally:
             if self._slots is not None:
@@ -353,35 +299,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         function = job.callbacks.get(which)
         if function is not None:
             function(*args, **kwargs)
-
-    # -- callbacks of tasks ----------------------------------------------------------------------------------------
-
-    def _on_failure_here(self, sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
-        """Celery has declared a task failed in the main process: its worker was killed or lost, or it was rejected."""
-        self._call_hooks(sender, task_id, exception)
-
-    def _on_revoked_here(self, sender: Any, request: Any = None, **facts: Any) -> None:
-        how = "terminated" if facts.get("terminated") else "expired" if facts.get("expired") else "revoked"
-        from celery.exceptions import TaskRevokedError
-
-        self._call_hooks(sender, str(getattr(request, "id", "?")), TaskRevokedError(how))
-
-    def _call_hooks(self, task: Any, task_id: str, exception: BaseException) -> None:
-        try:
-            hooks = child.hooks_of(task)
-            if hooks and self.handle.fileno() >= 0:
-                job = self.handle.next_id()
-                self._names[job] = f"{task.name}[{task_id}]"
-                self.handle.call_hooks(job, hooks, Outcome.ERROR, pack_error(exception, ""))
-                self._watch_writing()
-        except PayloadError as exc:
-            logger.error("the callbacks of %s[%s] cannot be called: %s", task.name, task_id, exc)
-
-    def _on_hook_ended(self, frame: Frame) -> None:
-        name = self._names.pop(frame.job, "?")
-        succeeded, error = open_outcome(frame.flag, frame.body)
-        if not succeeded:
-            log_hook_failure(name, error)
 
     # -- size ----------------------------------------------------------------------------------------------------
 
@@ -406,7 +323,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             if semaphore is not None and change:
                 (semaphore.grow if change > 0 else semaphore.shrink)(abs(change))
         self.handle.resize(size)
-        self._watch_writing()
+        self._loop.watch_writing()
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
@@ -471,28 +388,3 @@ def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:
     if remote:
         info.traceback, info.exception = remote, exc
     return info
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _run_acks(hub: Any) -> None:
-    """Runs the acks and rejects that finished tasks have queued in the loop; everything else stays queued."""
-    for callback in list(hub._pop_ready()):
-        method = getattr(callback, "fun", None)
-        if getattr(method, "__name__", "") in ("ack_log_error", "reject_log_error"):
-            try:
-                callback()
-            except Exception as exc:
-                hub.on_callback_error(callback, exc)
-        else:
-            hub.call_soon(callback)

@@ -1,178 +1,29 @@
 """``ProcessPool``: the engine behind the face of :class:`concurrent.futures.Executor`.
 
-Owns futures, and one thread that turns the handle's events into their results. Never forks in the caller's process
+Owns the public face: arguments, limits, life and death of the pool. Never forks in the caller's process
 (unless ``start_method="fork"`` asks for it), never runs a callback in it.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import logging
-import os
-import select
-import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import islice
 from time import monotonic
 from typing import Any, TypeVar
 
-from mpworker.errors import BootError, ConfigurationError
+from mpworker.errors import ConfigurationError
 from mpworker.pool import handle as handles
-from mpworker.pool.callbacks import Callback, log_hook_failure, pack_hooks
-from mpworker.pool.frames import Frame, Kind
-from mpworker.pool.handle import Handle, PoolOptions
-from mpworker.pool.parcel import name_of, open_outcome, pack_call
+from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.futures import COUNTS, Results, TaskFuture
+from mpworker.pool.handle import PoolOptions
+from mpworker.pool.parcel import name_of, pack_call
 from mpworker.settings import START_METHODS
 
 T = TypeVar("T")
-logger = logging.getLogger("mpworker.pool")
-_COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
-_live: weakref.WeakSet[_Core] = weakref.WeakSet()
-
-
-class TaskFuture(Future[Any]):
-    """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced."""
-
-    def __init__(self, core: _Core, job: int) -> None:
-        super().__init__()
-        self._core = core
-        #: the job's number in its pool
-        self.job = job
-
-    def cancel(self) -> bool:
-        """Cancels the task, started or not; the future is cancelled at once.
-
-        Returns:
-            ``False`` if the task is finished already.
-        """
-        with self._condition:
-            if self._state == "FINISHED":
-                return False
-            if self._state.startswith("CANCELLED"):
-                return True
-            # The base class refuses to cancel what runs; here it can be ended.
-            self._state = "CANCELLED"
-            self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
-        self.set_running_or_notify_cancel()
-        self._core.handle.cancel(self.job, signal.SIGTERM)
-        self._core.wake()
-        return True
-
-    def begin(self) -> None:
-        """The task runs, unless the future has been cancelled meanwhile."""
-        with self._condition:
-            if self._state == "PENDING":
-                self._state = "RUNNING"
-
-    def settle(self, succeeded: bool, value: Any) -> None:
-        """Takes the outcome, unless the future has been cancelled meanwhile."""
-        self.begin()
-        with contextlib.suppress(InvalidStateError):
-            if succeeded:
-                self.set_result(value)
-            else:
-                self.set_exception(value)
-
-
-class _Core:
-    """What the thread needs. Holds no reference to the pool, so that a forgotten pool can be collected."""
-
-    def __init__(self, handle: Handle, max_pending: int | None) -> None:
-        self.handle = handle
-        self.owner = os.getpid()
-        self.futures: dict[int, TaskFuture] = {}
-        #: of jobs with callbacks, for the log
-        self.names: dict[int, str] = {}
-        self.counts = dict.fromkeys(_COUNTS, 0)
-        self.running: set[int] = set()
-        self.broken: BootError | None = None
-        self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_writer, False)
-        self.thread = threading.Thread(target=self._run, name="mpworker-results", daemon=True)
-
-    def wake(self) -> None:
-        """Makes the thread look at the outbox, if something is left in it."""
-        if self.handle.wants_write:
-            with contextlib.suppress(OSError):
-                os.write(self._wake_writer, b"!")
-
-    def close(self) -> None:
-        if os.getpid() == self.owner:
-            self.handle.close()
-            self.wake()
-
-    def _run(self) -> None:
-        try:
-            while self.handle.fileno() >= 0:
-                self._wait()
-                for frame in self.handle.drain():
-                    self._on_event(frame)
-        except BaseException as exc:
-            logger.critical("the thread that reads results has failed", exc_info=True)
-            self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
-            self.handle.kill()
-        finally:
-            self._fail_all(self.broken or BootError("the pool has been shut down"))
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
-
-    def _wait(self) -> None:
-        poll = select.poll()
-        line = self.handle.fileno()
-        poll.register(line, select.POLLIN | (select.POLLOUT if self.handle.wants_write else 0))
-        poll.register(self._wake_reader, select.POLLIN)
-        for descriptor, mask in poll.poll():
-            if descriptor == self._wake_reader:
-                os.read(descriptor, 4096)
-            elif mask & select.POLLOUT:
-                self.handle.flush()
-
-    def _on_event(self, frame: Frame) -> None:
-        kind = frame.kind
-        if kind is Kind.STARTED:
-            self.running.add(frame.job)
-            if (future := self.futures.get(frame.job)) is not None:
-                future.begin()
-        elif kind is Kind.DONE or kind is Kind.ENDED:
-            self._on_end(frame)
-        elif kind is Kind.HOOK_ENDED:
-            self._on_hook_ended(frame)
-        elif kind is Kind.LOG:
-            logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
-        elif kind is Kind.BROKEN:
-            self.broken = handles.boot_error(frame)
-
-    def _on_end(self, frame: Frame) -> None:
-        self.running.discard(frame.job)
-        succeeded, value = open_outcome(frame.flag, frame.body)
-        if frame.kind is Kind.ENDED:
-            state = handles.verdict_of(frame)[0].value
-        else:
-            state = "done" if succeeded else "failed"
-        self.counts[state] += 1
-        if self.slots is not None:
-            self.slots.release()
-        if (future := self.futures.pop(frame.job, None)) is not None:
-            future.settle(succeeded, value)
-
-    def _on_hook_ended(self, frame: Frame) -> None:
-        name = self.names.pop(frame.job, "?")
-        succeeded, error = open_outcome(frame.flag, frame.body)
-        if not succeeded:
-            log_hook_failure(f"{name}[{frame.job}]", error)
-
-    def _fail_all(self, error: BaseException) -> None:
-        while self.futures:
-            self.futures.popitem()[1].settle(False, error)
-            if self.slots is not None:
-                self.slots.release()
 
 
 class ProcessPool(Executor):
@@ -230,7 +81,7 @@ class ProcessPool(Executor):
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()
-        self._core: _Core | None = None
+        self._core: Results | None = None
         self._closed = False
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -315,18 +166,15 @@ class ProcessPool(Executor):
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
-    def _started(self) -> _Core:
+    def _started(self) -> Results:
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._core is None:
                 handle = handles.make(self._options, initializer=self._initializer)
                 handle.start()
-                core = self._core = _Core(handle, self._max_pending)
-                core.thread.start()
-                if not _live:
-                    atexit.register(_end_live_pools)
-                _live.add(core)
+                core = self._core = Results(handle, self._max_pending)
+                core.start()
                 weakref.finalize(self, core.close).atexit = False
             return self._core
 
@@ -360,7 +208,7 @@ class ProcessPool(Executor):
         """
         core = self._core
         if core is None:
-            return {**dict.fromkeys(_COUNTS, 0), "pending": 0, "running": 0, "dispatcher": None, "workers": []}
+            return {**dict.fromkeys(COUNTS, 0), "pending": 0, "running": 0, "dispatcher": None, "workers": []}
         return {
             **core.counts,
             "pending": core.handle.pending,
@@ -398,12 +246,3 @@ def _results(futures: list[Future[list[T]]], end: float | None) -> Iterator[T]:
     finally:
         for future in futures:
             future.cancel()
-
-
-def _end_live_pools() -> None:
-    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does."""
-    cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
-    for core in cores:
-        core.close()
-    for core in cores:
-        core.thread.join()

@@ -203,7 +203,7 @@ class Fleet:
                 socket.send_fds(self.template, [request], fds)
             else:
                 arguments = [*map(str, fds), str(slot), str(int(lane)), str(os.getpid())]
-                crew.popen = self._popen(command("worker", *arguments), fds)
+                crew.popen = self._popen(command("child", *arguments), fds)
                 self.registered(crew, crew.popen.pid)
         except OSError:
             data.close()

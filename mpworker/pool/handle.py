@@ -206,7 +206,9 @@ class Handle:
     # -- hearing -------------------------------------------------------------------------------------------------
 
     def drain(self) -> Iterator[Frame]:
-        """Yields what has happened since: STARTED, SOFT, DONE, ENDED, HOOK_ENDED, LOG, BROKEN. Never blocks.
+        """Yields what has happened since. Never blocks.
+
+        That is STARTED, SOFT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
@@ -242,7 +244,6 @@ class Handle:
             return sent is not None
         elif kind is Kind.HOOK_QUEUED:
             self._hooked[frame.job] = frame.extra, frame.flag, frame.body
-            return False
         elif kind is Kind.HOOK_STARTED:
             self._hooked[frame.job] = None
             return False

@@ -180,10 +180,10 @@ class Ledger:
         self._tasks.feed(now)
 
     def _drain(self, event: f.Draining, now: float) -> None:
-        self._ending = self._tasks.draining = True
+        self._ending = self._tasks.draining = self._hooks.draining = True
 
     def _stop(self, event: f.Stopping, now: float) -> None:
-        self._ending = self._stopping = self._tasks.closed = True
+        self._ending = self._stopping = self._tasks.closed = self._hooks.draining = True
         for job in list(self.jobs.values()):
             if job.lane is Lane.TASKS and job.worker is None:
                 self._end(job, JobState.CANCELLED, _STOPPED, now)

@@ -169,9 +169,5 @@ def verdict_error(facts: Mapping[str, Any]) -> Exception:
         return expired
     if state == JobState.CANCELLED.value:
         return TaskCancelled(facts.get("reason", "the task was cancelled"))
-    lost = WorkerLost(
-        facts.get("pid"), facts.get("exitcode"), facts.get("signal"), facts.get("max_rss"), bool(facts.get("by_pool"))
-    )
-    if facts.get("why"):
-        lost.add_note(facts["why"])
-    return lost
+    known = {key: facts.get(key) for key in ("pid", "exitcode", "signal", "max_rss")}
+    return WorkerLost(**known, by_pool=bool(facts.get("by_pool")), why=facts.get("why", ""))

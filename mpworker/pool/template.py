@@ -98,7 +98,7 @@ def _be_forked(
         line.close()
         while os.getppid() == middle:
             time.sleep(0.0002)
-        from mpworker.pool.worker import become_worker
+        from mpworker.pool.child import become_worker
 
         become_worker(fds[0], fds[1], int(request.a), request.flag, boot, dispatcher, prepared=ready)
     finally:

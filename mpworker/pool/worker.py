@@ -31,14 +31,12 @@ from mpworker.pool import callbacks, linux
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import CHUNK, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
-from mpworker.pool.title import set_title
 from mpworker.pool.watchdog import Watchdog
 
 #: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
 EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
-_RESET = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGTTIN", "SIGTTOU", "SIGUSR2", "SIGCHLD", "SIGALRM", "SIGCONT")
 
 
 @dataclass(slots=True)
@@ -79,6 +77,8 @@ class Worker:
         self._interruptible = False
         self._pid = os.getpid()
         self._soft_error: Any = None
+        self._soft_due = False
+        self._soft_raised: BaseException | None = None
         self.watchdog = Watchdog(self, control)
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -161,6 +161,7 @@ class Worker:
     def _execute(self, frame: Frame) -> None:
         job, soft, hard = frame.job, frame.a, frame.b
         started = time.monotonic()
+        self._soft_due, self._soft_raised = False, None
         with self.gate:
             revoked = job in self.revoked
             if revoked:
@@ -186,7 +187,7 @@ class Worker:
 
     def _report(self, job: int, flag: int, runtime: float, peak: float, body: bytes) -> None:
         call, self._call = self._call, b""
-        _flush_streams()
+        flush_streams()
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
@@ -198,16 +199,21 @@ class Worker:
 
     def _run(self, frame: Frame) -> tuple[int, bytes]:
         """Runs the job; whatever it raises becomes its outcome."""
+        value: Any = None
         try:
             self._interruptible = True
             try:
+                if self._soft_due:
+                    self._raise_soft()
                 if self.lane is Lane.HOOKS:
                     callbacks.run(frame.extra, frame.flag, frame.body)
-                    return pack_outcome(None)
-                function, args, kwargs = _unpack_call(frame.body)
-                return pack_outcome(function(*args, **kwargs))
+                else:
+                    function, args, kwargs = self._unpack_call(frame.body)
+                    value = function(*args, **kwargs)
+                    del function, args, kwargs
             finally:
                 self._interruptible = False
+            return pack_outcome(value)
         except BaseException as exc:
             if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
                 exc.with_traceback(exc.__traceback__.tb_next)  # this frame is nobody's business
@@ -265,9 +271,25 @@ class Worker:
         return "".join(traceback.format_list(entries[ours[-1] + 1 if ours else 0 :]))
 
     def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
+        if self.current is None or os.getpid() != self._pid:
+            return
+        if self._interruptible:
+            self._raise_soft()
+        self._soft_due = True  # the task is about to begin, or has just ended
+
+    def _raise_soft(self) -> NoReturn:
         current = self.current
-        if self._interruptible and current is not None and os.getpid() == self._pid:
-            raise self._soft_error(current.soft or None)
+        self._soft_raised = self._soft_error(current.soft if current and current.soft else None)
+        assert self._soft_raised is not None
+        raise self._soft_raised
+
+    def _unpack_call(self, body: bytes) -> Any:
+        try:
+            return pickle.loads(body)
+        except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
+            if exc is self._soft_raised:
+                raise
+            raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
 
 
 #: The worker that this process is; ``None`` everywhere else.
@@ -279,83 +301,8 @@ def process_name() -> str:
     return multiprocessing.process.current_process().name
 
 
-def _unpack_call(body: bytes) -> Any:
-    try:
-        return pickle.loads(body)
-    except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
-        raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
-
-
-def _flush_streams() -> None:
+def flush_streams() -> None:
+    """What a task printed is seen now, not when this process ends, which may be by a signal."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.flush()
-
-
-def become_worker(
-    data: int, control: int, slot: int, lane: int, boot: booting.Boot, dispatcher: int, *, prepared: bool
-) -> NoReturn:
-    """Turns this process into a worker; never returns.
-
-    Args:
-        data, control: descriptors of the two lines.
-        slot: its number in the pool, inherited by its replacement.
-        dispatcher: pid of the process whose child this is.
-        prepared: the application is loaded already.
-    """
-    global this_worker
-    code = EX_UNREADY
-    try:
-        linux.die_with_parent()
-        if os.getppid() != dispatcher:
-            os._exit(EX_UNREADY)
-        with contextlib.suppress(PermissionError):  # a session leader already
-            os.setpgid(0, 0)
-        _reset_signals()
-        role = "callbacks" if lane == Lane.HOOKS else f"worker {slot}"
-        set_title(f"mpworker: {role}{boot.label}")
-        _look_like_a_child(role.replace(" ", "-"))
-        with open(os.devnull, "rb") as null:
-            os.dup2(null.fileno(), 0)
-        this_worker = Worker(socket.socket(fileno=data), socket.socket(fileno=control), Lane(lane), slot)
-        this_worker.serve(boot, prepared)
-        code = 0
-    except SystemExit as exc:
-        code = exc.code if isinstance(exc.code, int) else 1
-    except BaseException:  # a fault in this very file: say so, the dispatcher sees the exit code
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-        _flush_streams()
-        os._exit(code)
-
-
-def _reset_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    for name in _RESET:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a job runs there is nothing to interrupt
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _look_like_a_child(name: str) -> None:
-    # What multiprocessing's own bootstrap does for its children, minus the daemon flag: tasks may have children.
-    multiprocessing.process.current_process().name = name
-    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
-    multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
-
-
-def main(data: str, control: str, slot: str, lane: str, dispatcher: str, *_: str) -> None:
-    """Entry of a worker in a fresh interpreter: the first frame on its line is BOOT."""
-    line = socket.socket(fileno=int(data))
-    reader = FrameReader("the dispatcher")
-    frames: list[Frame] = []
-    while not frames:
-        received = line.recv(min(CHUNK, reader.missing))
-        if not received:
-            raise SystemExit(EX_UNREADY)
-        frames = reader.feed(received)
-    boot = booting.load(frames[0].body)
-    become_worker(line.detach(), int(control), int(slot), int(lane), boot, int(dispatcher), prepared=False)

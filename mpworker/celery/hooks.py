@@ -1,0 +1,144 @@
+"""``@app.task(callback=f, error_callback=g)``: found on the task, called in the callback process, reported by name.
+
+Owns who asks for the call. A worker process does when Celery says there that the task has succeeded or failed, with
+the real result or exception; the main process does when Celery fails or revokes a task there, because its process was
+killed or lost. Those two never both happen for one end of a task. Never runs a callback in either of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from celery import current_app, signals
+from celery.exceptions import TaskRevokedError
+
+from mpworker.errors import PayloadError
+from mpworker.pool import worker as pool_worker
+from mpworker.pool.callbacks import log_hook_failure, pack_hooks
+from mpworker.pool.frames import Frame
+from mpworker.pool.handle import Handle
+from mpworker.pool.parcel import Outcome, open_outcome, pack_error, pack_outcome
+
+logger = logging.getLogger("mpworker.callbacks")
+
+CALLBACK, ERROR_CALLBACK = "callback", "error_callback"
+
+
+def hooks_of(task: Any) -> bytes:
+    """The packed callbacks of a task, by name, so that the callback process finds them in its own registry."""
+    if not any(find_hook(task, which) for which in (CALLBACK, ERROR_CALLBACK)):
+        return b""
+    return pack_hooks(partial(call_hook, task.name, CALLBACK), partial(call_hook, task.name, ERROR_CALLBACK))
+
+
+def find_hook(task: Any, which: str) -> Callable[[Any], object] | None:
+    """What ``@app.task(callback=…)`` was given, or a method of that name in a task class."""
+    raw = inspect.getattr_static(task, which, None)
+    if raw is None:
+        return None
+    if inspect.isfunction(raw) and not raw.__qualname__.endswith(f".{which}"):
+        return raw  # an option, which Celery keeps as a class attribute: not to be bound to the task
+    hook = getattr(task, which)
+    return hook if callable(hook) else None
+
+
+def call_hook(name: str, which: str, value: Any) -> None:
+    """In the callback process: calls the hook of a task, if it has that one."""
+    hook = find_hook(current_app.tasks[name], which)
+    if hook is not None:
+        hook(value)
+
+
+# -- in a worker process -----------------------------------------------------------------------------------------------
+
+_task_id: str | None = None
+
+
+def follow(task_id: str | None) -> None:
+    """Says which task this process runs now; ``None``: it has ended."""
+    global _task_id
+    _task_id = task_id
+
+
+def listen_in_worker() -> None:
+    """From here on the ends of tasks in this process call their hooks."""
+    signals.task_success.connect(_on_success, weak=False, dispatch_uid="mpworker.success")
+    signals.task_failure.connect(_on_failure, weak=False, dispatch_uid="mpworker.failure")
+
+
+def _on_success(sender: Any, result: Any = None, **_: Any) -> None:
+    if _is_current(sender) and (hooks := hooks_of(sender)):
+        _call(hooks, *pack_outcome(result))
+
+
+def _on_failure(sender: Any, exception: BaseException, **_: Any) -> None:
+    if _is_current(sender) and (hooks := hooks_of(sender)):
+        _call(hooks, Outcome.ERROR, pack_error(exception))
+
+
+def _is_current(task: Any) -> bool:
+    # Tasks that this one runs eagerly send the same signals.
+    return _task_id is not None and task.request.id == _task_id
+
+
+def _call(hooks: bytes, flag: Outcome, body: bytes) -> None:
+    if pool_worker.this_worker is not None:
+        pool_worker.this_worker.call_hooks(hooks, flag, body)
+
+
+# -- in the main process -----------------------------------------------------------------------------------------------
+
+
+class ParentHooks:
+    """The main process' part, for one pool.
+
+    Args:
+        handle: of the pool.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        #: of tasks whose callback has not ended, for the log
+        self._names: dict[int, str] = {}
+
+    def connect(self) -> None:
+        signals.task_failure.connect(self._on_failure, weak=True)
+        signals.task_revoked.connect(self._on_revoked, weak=True)
+
+    def disconnect(self) -> None:
+        signals.task_failure.disconnect(self._on_failure)
+        signals.task_revoked.disconnect(self._on_revoked)
+
+    def queued(self, job: int, name: str) -> None:
+        """A worker has asked for the callback of this job."""
+        self._names[job] = name
+
+    def ended(self, frame: Frame) -> None:
+        """Hears a HOOK_ENDED."""
+        name = self._names.pop(frame.job, "?")
+        succeeded, error = open_outcome(frame.flag, frame.body)
+        if not succeeded:
+            log_hook_failure(name, error)
+
+    def _on_failure(self, sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
+        """Celery fails a task in this process: its worker was killed or lost, or the task rejected its message."""
+        self._ask(sender, task_id, exception)
+
+    def _on_revoked(self, sender: Any, request: Any = None, **facts: Any) -> None:
+        how = "terminated" if facts.get("terminated") else "expired" if facts.get("expired") else "revoked"
+        self._ask(sender, str(getattr(request, "id", "?")), TaskRevokedError(how))
+
+    def _ask(self, task: Any, task_id: str, exception: BaseException) -> None:
+        try:
+            hooks = hooks_of(task)
+        except PayloadError as exc:
+            logger.error("the callbacks of %s[%s] cannot be called: %s", task.name, task_id, exc)
+            return
+        if hooks and self._handle.fileno() >= 0:
+            job = self._handle.next_id()
+            self._names[job] = f"{task.name}[{task_id}]"
+            self._handle.call_hooks(job, hooks, Outcome.ERROR, pack_error(exception, ""))

@@ -1,0 +1,187 @@
+"""Futures, and the thread that turns the events of a handle into their results.
+
+Owns the futures of one pool. Holds no reference to the pool itself, so that a forgotten pool can be collected. Never
+runs a callback of a task: those belong to the callback process.
+
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import weakref
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from mpworker.errors import BootError
+from mpworker.pool import handle as handles
+from mpworker.pool.callbacks import log_hook_failure
+from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.handle import Handle
+from mpworker.pool.parcel import open_outcome
+
+logger = logging.getLogger("mpworker.pool")
+COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
+_live: weakref.WeakSet[Results] = weakref.WeakSet()
+
+
+class TaskFuture(Future[Any]):
+    """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced."""
+
+    def __init__(self, core: Results, job: int) -> None:
+        super().__init__()
+        self._core = core
+        #: the job's number in its pool
+        self.job = job
+
+    def cancel(self) -> bool:
+        """Cancels the task, started or not; the future is cancelled at once.
+
+        Returns:
+            ``False`` if the task is finished already.
+        """
+        with self._condition:
+            if self._state == "FINISHED":
+                return False
+            if self._state.startswith("CANCELLED"):
+                return True
+            # The base class refuses to cancel what runs; here it can be ended.
+            self._state = "CANCELLED"
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self.set_running_or_notify_cancel()
+        self._core.handle.cancel(self.job, signal.SIGTERM)
+        self._core.wake()
+        return True
+
+    def begin(self) -> None:
+        """The task runs, unless the future has been cancelled meanwhile."""
+        with self._condition:
+            if self._state == "PENDING":
+                self._state = "RUNNING"
+
+    def settle(self, succeeded: bool, value: Any) -> None:
+        """Takes the outcome, unless the future has been cancelled meanwhile."""
+        self.begin()
+        with contextlib.suppress(InvalidStateError):
+            if succeeded:
+                self.set_result(value)
+            else:
+                self.set_exception(value)
+
+
+class Results:
+    """One pool's futures and the thread behind them."""
+
+    def __init__(self, handle: Handle, max_pending: int | None) -> None:
+        self.handle = handle
+        self.owner = os.getpid()
+        self.futures: dict[int, TaskFuture] = {}
+        #: of jobs with callbacks, for the log
+        self.names: dict[int, str] = {}
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.running: set[int] = set()
+        self.broken: BootError | None = None
+        self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
+        self.thread = threading.Thread(target=self._run, name="mpworker-results", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; from here on the interpreter waits for this pool's work before it exits."""
+        if not _live:
+            atexit.register(_end_live_pools)
+        _live.add(self)
+        self.thread.start()
+
+    def wake(self) -> None:
+        """Makes the thread look at the outbox, if something is left in it."""
+        if self.handle.wants_write:
+            with contextlib.suppress(OSError):
+                os.write(self._wake_writer, b"!")
+
+    def close(self) -> None:
+        """Nothing more will be submitted; the thread ends when all is done."""
+        if os.getpid() == self.owner:
+            self.handle.close()
+            self.wake()
+
+    def _run(self) -> None:
+        try:
+            while self.handle.fileno() >= 0:
+                self._wait()
+                for frame in self.handle.drain():
+                    self._on_event(frame)
+        except BaseException as exc:
+            logger.critical("the thread that reads results has failed", exc_info=True)
+            self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
+            self.handle.kill()
+        finally:
+            self._fail_all(self.broken or BootError("the pool has been shut down"))
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        line = self.handle.fileno()
+        poll.register(line, select.POLLIN | (select.POLLOUT if self.handle.wants_write else 0))
+        poll.register(self._wake_reader, select.POLLIN)
+        for descriptor, mask in poll.poll():
+            if descriptor == self._wake_reader:
+                os.read(descriptor, 4096)
+            elif mask & select.POLLOUT:
+                self.handle.flush()
+
+    def _on_event(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.STARTED:
+            self.running.add(frame.job)
+            if (future := self.futures.get(frame.job)) is not None:
+                future.begin()
+        elif kind is Kind.DONE or kind is Kind.ENDED:
+            self._on_end(frame)
+        elif kind is Kind.HOOK_ENDED:
+            self._on_hook_ended(frame)
+        elif kind is Kind.LOG:
+            logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
+        elif kind is Kind.BROKEN:
+            self.broken = handles.boot_error(frame)
+
+    def _on_end(self, frame: Frame) -> None:
+        self.running.discard(frame.job)
+        succeeded, value = open_outcome(frame.flag, frame.body)
+        if frame.kind is Kind.ENDED:
+            state = handles.verdict_of(frame)[0].value
+        else:
+            state = "done" if succeeded else "failed"
+        self.counts[state] += 1
+        if self.slots is not None:
+            self.slots.release()
+        if (future := self.futures.pop(frame.job, None)) is not None:
+            future.settle(succeeded, value)
+
+    def _on_hook_ended(self, frame: Frame) -> None:
+        name = self.names.pop(frame.job, "?")
+        succeeded, error = open_outcome(frame.flag, frame.body)
+        if not succeeded:
+            log_hook_failure(f"{name}[{frame.job}]", error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        while self.futures:
+            self.futures.popitem()[1].settle(False, error)
+            if self.slots is not None:
+                self.slots.release()
+
+
+def _end_live_pools() -> None:
+    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does."""
+    cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
+    for core in cores:
+        core.close()
+    for core in cores:
+        core.thread.join()
