@@ -29,7 +29,9 @@ def default_data_dir() -> Path:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    parts: Iterable[str] = value.replace(",", " ").split() if isinstance(value, str) else value
+    parts: Iterable[Any] = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple | set | frozenset):
+        raise ValueError("must be dotted module names, separated by commas")
     names = tuple(str(part).strip() for part in parts)
     for name in names:
         if not all(piece.isidentifier() for piece in name.split(".")):

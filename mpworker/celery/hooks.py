@@ -53,6 +53,10 @@ def call_hook(name: str, which: str, value: Any) -> None:
         hook(value)
 
 
+def _refuse(error: BaseException) -> None:
+    raise error
+
+
 # -- in a worker process -----------------------------------------------------------------------------------------------
 
 _task_id: str | None = None
@@ -72,7 +76,10 @@ def listen_in_worker() -> None:
 
 def _on_success(sender: Any, result: Any = None, **_: Any) -> None:
     if _is_current(sender) and (hooks := hooks_of(sender)):
-        _call(hooks, *pack_outcome(result))
+        flag, body = pack_outcome(result)
+        if flag is Outcome.ERROR:  # it succeeded, so its error_callback is not concerned: the log is
+            hooks = pack_hooks(None, _refuse)
+        _call(hooks, flag, body)
 
 
 def _on_failure(sender: Any, exception: BaseException, **_: Any) -> None:

@@ -48,19 +48,26 @@ _TAKE_BACK_TIMEOUT = 1.0
 class Job:
     """One message in the pool: what Celery wants to hear about it."""
 
-    __slots__ = ("__weakref__", "callbacks", "id", "name", "pid", "pool", "task_id", "terminated")
+    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "name", "pid", "pool", "task_id", "terminated")
 
     def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
         self.id = pool.handle.next_id()
         self.pid = 0
-        self.terminated = 0
+        self.terminated = self._echo = 0
 
-    def terminate(self, signum: int) -> None:
-        """Ends this job, wherever it is, and no other. Called by Celery's ``Request``."""
-        if not self.terminated:
-            self.terminated = int(signum)
-            self.pool.handle.cancel(self.id, self.terminated, TERMINATE_GRACE if signum in _ASK_TO_END else 0.0)
+    def terminate(self, signum: int, *, echoes: bool = False) -> None:
+        """Signals this job, wherever it is, and no other. Called by Celery's ``Request``.
+
+        Args:
+            echoes: Celery is about to ask for the same once more, by the job instead of by its process.
+        """
+        signum = int(signum)
+        if signum == self._echo:
+            self._echo = 0
+            return
+        self.terminated, self._echo = signum, signum if echoes else 0
+        self.pool.handle.cancel(self.id, signum, TERMINATE_GRACE if signum in _ASK_TO_END else 0.0)
 
 
 class TaskPool(BasePool):  # type: ignore[misc]
@@ -213,7 +220,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._pump()
         for job in list(self._jobs.values()):
             if job.pid == pid:
-                job.terminate(signum or signal.SIGTERM)
+                job.terminate(signum or signal.SIGTERM, echoes=True)
 
     # -- events out ----------------------------------------------------------------------------------------------
 
@@ -254,8 +261,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif kind is Kind.LOG:
             logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
         elif kind is Kind.BROKEN:
-            logger.critical("the workers cannot start: %s", frame.body.decode(errors="replace"))
-            worker_state.should_stop = EX_BROKEN
+            self._on_broken(frame.body.decode(errors="replace"))
         elif (job := self._jobs.get(frame.job)) is None:
             return
         elif kind is Kind.HOOK_QUEUED:
@@ -276,13 +282,21 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if state is JobState.TIMED_OUT:
             # timeout_callback does all of it; calling error_callback too would do it twice.
             self._end(job, "timeout_callback", soft=False, timeout=facts["limit"])
-        elif state is JobState.CANCELLED and not job.terminated:
-            del self._jobs[job.id]  # taken back: its message is the broker's again
+        elif state is JobState.CANCELLED and "signal" not in facts:
+            self._end(job, "taken_back")  # no callback has that name: its message is the broker's again
         elif state is JobState.CANCELLED:
             self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
         else:
             text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
             self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+
+    def _on_broken(self, why: str) -> None:
+        """No workers any more: the node ends. What had started is lost with them; the rest is the broker's again."""
+        logger.critical("the workers cannot start: %s", why)
+        worker_state.should_stop = EX_BROKEN
+        text = f"Worker exited prematurely: the pool has ended: {why.splitlines()[0] if why else ''}"
+        for job in list(self._jobs.values()):
+            self._end(job, "error_callback" if job.pid else "taken_back", _einfo(WorkerLostError(text), text))
 
     def _end(self, job: Job, which: str, *args: Any, **kwargs: Any) -> None:
         """The one terminal callback of a job, then its slot is free."""

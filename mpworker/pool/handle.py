@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ logger = logging.getLogger("mpworker.pool")
 
 #: Dispatchers that may die in a row without one of them having had a ready worker.
 _MAX_RESTARTS = 3
+#: Seconds that a dispatcher gets to end everything.
+_KILL_TIMEOUT = 4.0
 #: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
 _READS_PER_DRAIN = 8
 _JOIN_BELOW = 1 << 16
@@ -133,13 +136,17 @@ class Handle:
             self._send(encode(kind))
 
     def kill(self) -> None:
-        """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it."""
+        """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it, a few seconds."""
         self.finished = True
         if self._line is not None:
             self._line.close()
             self._line = None
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(_KILL_TIMEOUT)
+            except subprocess.TimeoutExpired:  # stopped, or stuck: its children die with it
+                self._process.kill()
+                self._process.wait()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
