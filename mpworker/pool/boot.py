@@ -93,7 +93,7 @@ def _preparation(import_main: bool) -> dict[str, Any]:
         path_of_main = getattr(main, "__file__", None)
         if name is not None:
             data["init_main_from_name"] = name
-        elif path_of_main is not None:
+        elif path_of_main is not None and os.path.exists(path_of_main):  # not that of a script read from stdin
             data["init_main_from_path"] = os.path.abspath(path_of_main)
     return data
 

@@ -20,7 +20,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 from mpworker.errors import ProtocolError
@@ -30,6 +29,7 @@ from mpworker.pool.facts import Job, Lane
 from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
 from mpworker.pool.ledger import Ledger
+from mpworker.pool.nursery import Nursery
 from mpworker.pool.title import set_title
 from mpworker.pool.wire import Listener, Wire
 
@@ -52,8 +52,6 @@ class Dispatcher:
 
     def __init__(self, parent: socket.socket, boot: Frame, fleet: Fleet) -> None:
         options = json.loads(boot.extra)
-        self._label: str = options["label"]
-        self._method: str = options["start_method"]
         self._boot = boot
         self._fleet = fleet
         self._ledger = Ledger(
@@ -69,9 +67,7 @@ class Dispatcher:
         self._parent_reader = FrameReader("the parent")
         self._parent_pid = os.getppid()
         self._wires: dict[int, tuple[Crew, Wire, Outbox, FrameReader]] = {}
-        self._template_wire: Wire | None = None
-        self._template_reader = FrameReader("the template")
-        self._template_deadline = inf
+        self._nursery = Nursery(self._selector, fleet, options, boot.body, self)
         self._touched: set[int] = set()
         self._child_exited = False
         self._orphaned = self._finished = self._paused = False
@@ -91,7 +87,7 @@ class Dispatcher:
         """Works until the pool is finished or the parent is gone; ends every child before it returns."""
         self._watch_signals()
         self._watch_parent()
-        self._choose_template()
+        self._nursery.open()
         while not self._finished and not self._orphaned:
             for key, mask in self._selector.select(self._patience()):
                 key.data.handle(mask)
@@ -101,15 +97,14 @@ class Dispatcher:
             now = time.monotonic()
             if now >= self._ledger.next_deadline():
                 self._apply(f.Ticked())
-            if now >= self._template_deadline:
-                self._template_failed("the application was not loaded in time (mpworker_ready_timeout)")
+            self._nursery.tick(now)
             self._flush()
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()
 
     def _patience(self) -> float:
-        deadline = min(self._ledger.next_deadline(), self._template_deadline)
+        deadline = min(self._ledger.next_deadline(), self._nursery.deadline)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         if self._parent_watched:
             return patience
@@ -163,68 +158,16 @@ class Dispatcher:
 
     # -- template ------------------------------------------------------------------------------------------------
 
-    def _choose_template(self) -> None:
-        line = self._fleet.template
-        if line is None and self._method != "spawn":
-            line = self._fleet.start_template()
-        if line is None:
-            self._begin()
-            return
-        preload = int(self._method == "auto")
-        with contextlib.suppress(OSError):  # if it died already, its line says so below
-            line.sendall(encode(Kind.BOOT, flag=preload, body=self._boot.body))
-        self._template_reader = FrameReader("the template")
-        self._template_wire = Wire(self._selector, line, self._read_template)
-        self._template_deadline = time.monotonic() + json.loads(self._boot.extra)["ready_timeout"]
-
-    def _read_template(self) -> None:
-        line = self._fleet.template
-        try:
-            data = line.recv(1 << 16, socket.MSG_DONTWAIT) if line else b""
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            data = b""
-        for frame in self._template_reader.feed(data):
-            if frame.kind is Kind.UNREADY:
-                self._template_failed(frame.body.decode(errors="replace"))
-            elif frame.kind is Kind.READY:
-                self._template_deadline = inf
-                if frame.a > 1 and self._method == "auto":
-                    self._log(
-                        logging.INFO,
-                        f"start method spawn: after loading the application the template has {frame.a:.0f} threads, "
-                        "and forking would copy their locks",
-                    )
-                    self._drop_template()
-                self._begin()
-        if not data and self._template_wire is not None:
-            loading = self._template_deadline < inf
-            self._drop_template()
-            if loading:
-                self._template_failed("the process that loads the application died while it did so")
-            else:
-                self._log(logging.WARNING, "the template died; a new one is started")
-                if self._method == "fork":
-                    self._method = "auto"  # the parent's memory cannot be had again
-                self._choose_template()
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """From the nursery: workers can be started."""
         if not self._ledger.begun:
             self._apply(f.Begun())
 
-    def _drop_template(self) -> None:
-        if self._template_wire is not None:
-            self._template_wire.close()
-            self._template_wire = None
-        self._template_deadline = inf
-        self._fleet.end_template()
-
-    def _template_failed(self, why: str) -> None:
-        self._drop_template()
+    def template_failed(self, why: str) -> None:
+        """From the nursery: the application could not be loaded."""
         if self._ledger.ever_ready:  # a later template: the workers there are go on, new ones try it for themselves
-            self._log(logging.ERROR, f"start method spawn from now on: {why}")
-            self._method = "spawn"
+            self.log(logging.ERROR, f"start method spawn from now on: {why}")
+            self._nursery.give_up()
         else:
             self._apply(f.WorkerUnready(None, why))
 
@@ -254,7 +197,8 @@ class Dispatcher:
         elif kind is Kind.STOP:
             self._apply(f.Stopping())
 
-    def _log(self, level: int, text: str) -> None:
+    def log(self, level: int, text: str) -> None:
+        """Has the parent log a line."""
         self._parent.put(Frame(Kind.LOG, flag=level, body=text.encode()))
 
     def _say_goodbye(self) -> None:
@@ -272,7 +216,7 @@ class Dispatcher:
         try:
             crew = self._fleet.spawn(action.worker, action.slot, action.lane, self._boot_frame())
         except OSError as exc:
-            self._log(logging.ERROR, f"a worker could not be started: {exc}")
+            self.log(logging.ERROR, f"a worker could not be started: {exc}")
             self._gone(Exit(action.worker, None, None, None))
             return
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
@@ -380,7 +324,7 @@ class Dispatcher:
                 for frame in reader.feed(data):
                     self._heard(crew, frame)
             except ProtocolError as exc:
-                self._log(logging.WARNING, f"{exc}, with its last breath")
+                self.log(logging.WARNING, f"{exc}, with its last breath")
                 return
 
     def _show_workers(self) -> None:

@@ -1,0 +1,123 @@
+"""The dispatcher's care for the template: whether there is one, whether it is ready, what follows when it dies.
+
+Owns the choice of the start method as it turns out. Never forks: the template does. Never starts a process: the fleet
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import time
+from math import inf
+from typing import Any, Protocol
+
+from mpworker.pool.fleet import Fleet
+from mpworker.pool.frames import Frame, FrameReader, Kind, encode
+from mpworker.pool.wire import Wire
+
+
+class Owner(Protocol):
+    """Who wants to know."""
+
+    def begin(self) -> None: ...
+
+    def template_failed(self, why: str) -> None: ...
+
+    def log(self, level: int, text: str) -> None: ...
+
+
+class Nursery:
+    """One pool's template.
+
+    Args:
+        options: the dispatcher's; ``start_method`` and ``ready_timeout`` (seconds) are read.
+        boot: what children need, packed.
+        owner: told when workers can be started, and when the application cannot be loaded.
+    """
+
+    def __init__(
+        self, selector: selectors.BaseSelector, fleet: Fleet, options: dict[str, Any], boot: bytes, owner: Owner
+    ) -> None:
+        self._selector, self._fleet, self._boot, self._owner = selector, fleet, boot, owner
+        self._method: str = options["start_method"]
+        self._ready_timeout: float = options["ready_timeout"]
+        self._wire: Wire | None = None
+        self._reader = FrameReader("the template")
+        #: when loading the application has taken too long, by ``time.monotonic()``
+        self.deadline = inf
+
+    def open(self) -> None:
+        """Starts a template, or takes the one that the parent has forked; without one workers are spawned."""
+        line = self._fleet.template
+        if line is None and self._method != "spawn":
+            line = self._fleet.start_template()
+        if line is None:
+            self._owner.begin()
+            return
+        with contextlib.suppress(OSError):  # if it died already, its line says so below
+            line.sendall(encode(Kind.BOOT, flag=int(self._method == "auto"), body=self._boot))
+        self._reader = FrameReader("the template")
+        self._wire = Wire(self._selector, line, self._read)
+        self.deadline = time.monotonic() + self._ready_timeout
+
+    def tick(self, now: float) -> None:
+        """Gives up on a template that takes too long."""
+        if now >= self.deadline:
+            self._fail("the application was not loaded in time (mpworker_ready_timeout)")
+
+    def give_up(self) -> None:
+        """No template any more: workers are spawned from now on."""
+        self._method = "spawn"
+        self._drop()
+
+    def _read(self) -> None:
+        line = self._fleet.template
+        try:
+            data = line.recv(1 << 16, socket.MSG_DONTWAIT) if line else b""
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        for frame in self._reader.feed(data):
+            self._heard(frame)
+        if not data and self._wire is not None:
+            self._on_end()
+
+    def _heard(self, frame: Frame) -> None:
+        if frame.kind is Kind.UNREADY:
+            self._fail(frame.body.decode(errors="replace"))
+        elif frame.kind is Kind.READY:
+            self.deadline = inf
+            if frame.a > 1 and self._method == "auto":
+                self._owner.log(
+                    logging.INFO,
+                    f"start method spawn: after loading the application the template has {frame.a:.0f} threads, "
+                    "and forking would copy their locks",
+                )
+                self.give_up()
+            self._owner.begin()
+
+    def _on_end(self) -> None:
+        loading = self.deadline < inf
+        self._drop()
+        if loading:
+            self._fail("the process that loads the application died while it did so")
+            return
+        self._owner.log(logging.WARNING, "the template died; a new one is started")
+        if self._method == "fork":
+            self._method = "auto"  # the parent's memory cannot be had again
+        self.open()
+
+    def _fail(self, why: str) -> None:
+        self._drop()
+        self._owner.template_failed(why)
+
+    def _drop(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+        self.deadline = inf
+        self._fleet.end_template()
