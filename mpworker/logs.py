@@ -12,13 +12,17 @@ import fcntl
 import logging
 import logging.handlers
 import os
+import select
 import stat
 import time
 from collections.abc import Iterable
+from typing import IO
 
 #: Seconds to wait for a writer that may be stopped; after that a torn line is better than a stuck task.
 _PATIENCE = 0.2
 _BETWEEN_TRIES = 0.001
+#: Seconds to wait for the reader of a full, non-blocking pipe.
+_READER_PATIENCE = 10.0
 
 
 class WholeRecordHandler(logging.Handler):
@@ -26,12 +30,13 @@ class WholeRecordHandler(logging.Handler):
 
     Args:
         fd: an open descriptor such as that of stderr.
+        keep: the stream that owns it, so that it stays open.
         path: instead, a file that is appended to, private to the user, and opened anew when it has been rotated.
     """
 
-    def __init__(self, fd: int | None = None, path: str | None = None) -> None:
+    def __init__(self, fd: int | None = None, path: str | None = None, keep: IO[str] | None = None) -> None:
         super().__init__()
-        self._fd, self._path = fd, path
+        self._fd, self._path, self._keep = fd, path, keep
         self._identity: tuple[int, int] | None = None
         self._lockable: bool | None = None
 
@@ -49,7 +54,11 @@ class WholeRecordHandler(logging.Handler):
         locked = self._lockable and _lock(fd)
         try:
             while data:  # once, but for a full disk or a pipe
-                data = data[os.write(fd, data) :]
+                try:
+                    data = data[os.write(fd, data) :]
+                except BlockingIOError:  # whoever shares the pipe may have made it non-blocking
+                    if not _writable(fd):
+                        raise
         finally:
             if locked:
                 fcntl.lockf(fd, fcntl.LOCK_UN)
@@ -74,6 +83,12 @@ class WholeRecordHandler(logging.Handler):
             os.close(self._fd)
             self._fd = None
         super().close()
+
+
+def _writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(_READER_PATIENCE * 1000))
 
 
 def _lock(fd: int) -> bool:
@@ -114,7 +129,7 @@ def _whole(handler: logging.Handler) -> WholeRecordHandler | None:
         return WholeRecordHandler(path=handler.baseFilename)
     if type(handler) is logging.StreamHandler:
         try:
-            return WholeRecordHandler(fd=handler.stream.fileno())
+            return WholeRecordHandler(handler.stream.fileno(), keep=handler.stream)
         except (AttributeError, OSError, ValueError):  # a stream in memory
             return None
     return None

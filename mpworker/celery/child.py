@@ -29,8 +29,10 @@ from celery.worker import state as worker_state
 from mpworker import logs
 from mpworker.celery import hooks
 from mpworker.celery.models import register_models
+from mpworker.errors import PayloadError
 from mpworker.pool import worker as pool_worker
 from mpworker.pool.facts import Lane
+from mpworker.pool.parcel import pack
 from mpworker.results.record import task_begins, task_ends
 
 
@@ -52,11 +54,15 @@ class AppSpec(NamedTuple):
 
 
 def describe_app(app: Celery) -> AppSpec:
-    """Tells where ``app`` is defined by looking for the module that holds it."""
+    """Tells where ``app`` is defined by looking for the module that holds it.
+
+    Raises:
+        PayloadError: it is in no module, and cannot be pickled either.
+    """
     app = app._get_current_object() if hasattr(app, "_get_current_object") else app
     place = _place_of(app)
-    pickled = b"" if place else pickle.dumps(app)
-    changes = {key: value for key, value in app.conf.changes.items() if _plain(value)}
+    pickled = b"" if place else pack(app, "the app, which is in no module where a worker process could find it,")
+    changes = {key: value for key, value in app.conf.changes.items() if _can_travel(value)}
     return AppSpec(place, pickled, changes, tuple(app.conf.include or ()))
 
 
@@ -75,8 +81,13 @@ def _place_of(app: Celery) -> tuple[str, str] | None:
     return None
 
 
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float | bool | tuple | list | dict)
+def _can_travel(value: object) -> bool:
+    """A setting that cannot (it holds a lambda, say) is set again by the module that defines the app."""
+    try:
+        pack(value, "a setting")
+    except PayloadError:
+        return False
+    return not callable(value)
 
 
 def load(spec: AppSpec) -> None:

@@ -7,7 +7,6 @@ killed or lost. Those two never both happen for one end of a task. Never runs a 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -36,13 +35,13 @@ def hooks_of(task: Any) -> bytes:
 
 
 def find_hook(task: Any, which: str) -> Callable[[Any], object] | None:
-    """What ``@app.task(callback=…)`` was given, or a method of that name in a task class."""
-    raw = inspect.getattr_static(task, which, None)
-    if raw is None:
+    """What ``@app.task(callback=…)`` was given. A method of that name in a task class is the project's own affair."""
+    options = vars(type(task))
+    if "_decorated" not in options:  # the decorator makes a class of its own for each task
         return None
-    if inspect.isfunction(raw) and not raw.__qualname__.endswith(f".{which}"):
-        return raw  # an option, which Celery keeps as a class attribute: not to be bound to the task
-    hook = getattr(task, which)
+    hook = options.get(which)  # not by getattr: it would be bound to the task
+    if isinstance(hook, staticmethod):
+        hook = hook.__func__
     return hook if callable(hook) else None
 
 
@@ -111,6 +110,8 @@ class ParentHooks:
         self._handle = handle
         #: of tasks whose callback has not ended, for the log
         self._names: dict[int, str] = {}
+        #: ids of unfinished messages whose task has asked for its callback in the worker
+        self._asked: set[str] = set()
 
     def connect(self) -> None:
         signals.task_failure.connect(self._on_failure, weak=True)
@@ -120,9 +121,14 @@ class ParentHooks:
         signals.task_failure.disconnect(self._on_failure)
         signals.task_revoked.disconnect(self._on_revoked)
 
-    def queued(self, job: int, name: str) -> None:
-        """A worker has asked for the callback of this job."""
-        self._names[job] = name
+    def queued(self, job: int, name: str, task_id: str) -> None:
+        """A worker has asked for the callback of this job; whatever becomes of its process, there is no second."""
+        self._names[job] = f"{name}[{task_id}]"
+        self._asked.add(task_id)
+
+    def settled(self, task_id: str) -> None:
+        """Celery has heard the end of this message."""
+        self._asked.discard(task_id)
 
     def ended(self, frame: Frame) -> None:
         """Hears a HOOK_ENDED."""
@@ -140,6 +146,8 @@ class ParentHooks:
         self._ask(sender, str(getattr(request, "id", "?")), TaskRevokedError(how))
 
     def _ask(self, task: Any, task_id: str, exception: BaseException) -> None:
+        if task_id in self._asked:
+            return
         try:
             hooks = hooks_of(task)
         except PayloadError as exc:

@@ -17,10 +17,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from billiard.einfo import ExceptionInfo
+from billiard.common import REMAP_SIGTERM, TERM_SIGNAME
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
 from celery.concurrency.base import BasePool
+from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 
 from mpworker.celery import child
@@ -28,7 +30,7 @@ from mpworker.celery.app import settings_of
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
-from mpworker.errors import ConfigurationError, PayloadError
+from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.parcel import open_outcome, pack_call
@@ -41,6 +43,9 @@ EX_BROKEN = 70
 #: Seconds between the signal of ``revoke(terminate=True)`` and SIGKILL, for the signals that ask a process to end.
 TERMINATE_GRACE = 3.0
 _ASK_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGABRT})
+#: … and for those that the process itself does not answer: SIGKILL, and what Celery's children ignore.
+KILL_GRACE = 0.2
+_UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
 
@@ -67,7 +72,8 @@ class Job:
             self._echo = 0
             return
         self.terminated, self._echo = signum, signum if echoes else 0
-        self.pool.handle.cancel(self.id, signum, TERMINATE_GRACE if signum in _ASK_TO_END else 0.0)
+        grace = KILL_GRACE if signum in _UNANSWERED else TERMINATE_GRACE if signum in _ASK_TO_END else 0.0
+        self.pool.handle.cancel(self.id, signum, grace)
 
 
 class TaskPool(BasePool):  # type: ignore[misc]
@@ -100,7 +106,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             raise SystemExit(f"mpworker: {exc}") from None
         self._settings = settings
         register_models(app)
-        spec = child.describe_app(app)
+        try:
+            spec = child.describe_app(app)
+        except PayloadError as exc:
+            raise SystemExit(f"mpworker: {exc}") from None
         forked = settings.start_method == "fork"
         if forked:
             child.adopt(app)
@@ -137,6 +146,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         while self.limit and not self.handle.ready and not self.handle.finished and time.monotonic() < deadline:
             self.handle.wait(0.5)
             self._pump()
+            if worker_state.should_stop is not None or worker_state.should_terminate is not None:
+                self.handle.kill()  # somebody has lost patience with us
+                worker_state.maybe_shutdown()
         if self.limit and not self.handle.ready:
             self.handle.kill()
             raise SystemExit(EX_BROKEN)
@@ -248,9 +260,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             while self._events:
                 try:
                     self._on_event(self._events.popleft())
-                except (MemoryError, SystemExit):
+                except (WorkerShutdown, WorkerTerminate):
                     raise
-                except Exception:
+                except BaseException:
                     logger.exception("a callback of Celery's failed")
             self._loop.follow()
 
@@ -265,7 +277,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif (job := self._jobs.get(frame.job)) is None:
             return
         elif kind is Kind.HOOK_QUEUED:
-            self._hooks.queued(job.id, f"{job.name}[{job.task_id}]")
+            self._hooks.queued(job.id, job.name, job.task_id)
         elif kind is Kind.STARTED:
             job.pid = int(frame.b)
             self._call(job, "accept_callback", job.pid, frame.a)
@@ -273,7 +285,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
-            self._end(job, "callback" if succeeded else "error_callback", value if succeeded else _einfo(value))
+            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
@@ -304,6 +316,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         try:
             self._call(job, which, *args, **kwargs)
         finally:
+            self._hooks.settled(job.task_id)
             if self._slots is not None:
                 self._slots.release()
             if self._semaphore is not None:
@@ -391,8 +404,28 @@ def _sendable(args: Any) -> tuple[Any, ...]:
     return name, task_id, child.without_arguments(request), body, content_type, encoding
 
 
+def _tamed(value: Any) -> Any:
+    """What Celery's trace function returned, without an exception that would end the main process.
+
+    Celery raises a task's MemoryError, SystemExit or KeyboardInterrupt again where it hears of it, as if it were its
+    own. The task's state has been stored by then, with the real one.
+    """
+    try:
+        failed, info, runtime = value
+    except (TypeError, ValueError):
+        return value
+    if failed and isinstance(info, ExceptionInfo):
+        exc = info.exception.exc if isinstance(info.exception, ExceptionWithTraceback) else info.exception
+        if isinstance(exc, MemoryError | SystemExit | KeyboardInterrupt):
+            info.exception = RemoteError(type(exc).__name__, str(exc))
+    return failed, info, runtime
+
+
 def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:
     """What Celery expects around an exception; the traceback is the given text, or the child's."""
+    if isinstance(exc, MemoryError):
+        text = text or getattr(exc.__cause__, "text", "")
+        exc = RemoteError("MemoryError", str(exc))
     remote = text or getattr(exc.__cause__, "text", "")
     exc.__cause__ = None if remote else exc.__cause__
     try:

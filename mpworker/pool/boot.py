@@ -6,6 +6,7 @@ same rule holds: a script guards its entry with ``if __name__ == "__main__":``.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -96,6 +97,13 @@ def _preparation(import_main: bool) -> dict[str, Any]:
         elif path_of_main is not None and os.path.exists(path_of_main):  # not that of a script read from stdin
             data["init_main_from_path"] = os.path.abspath(path_of_main)
     return data
+
+
+def flush_streams() -> None:
+    """What was printed is seen now, not when this process ends, which may be by a signal; nor twice, after a fork."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.flush()
 
 
 def load(packed: bytes) -> Boot:

@@ -58,7 +58,7 @@ def become_worker(
     finally:
         with contextlib.suppress(BaseException):
             multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-        worker.flush_streams()
+        booting.flush_streams()
         os._exit(code)
 
 

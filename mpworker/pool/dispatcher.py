@@ -17,7 +17,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.fleet import Crew, Exit, Fleet
-from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
+from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.nursery import Nursery
 from mpworker.pool.title import set_title
@@ -48,10 +47,14 @@ class Dispatcher:
         parent: line to the parent.
         boot: the BOOT frame: options for us, and what children need.
         fleet: may hold a template that was forked from the parent.
+        can_adopt: orphans become our children; else workers cannot come from a template.
     """
 
-    def __init__(self, parent: socket.socket, boot: Frame, fleet: Fleet) -> None:
+    def __init__(self, parent: socket.socket, boot: Frame, fleet: Fleet, can_adopt: bool) -> None:
         options = json.loads(boot.extra)
+        if not can_adopt and options["start_method"] != "spawn":
+            options["start_method"] = "spawn"
+            fleet.end_template()
         self._boot = boot
         self._fleet = fleet
         self._ledger = Ledger(
@@ -228,7 +231,8 @@ class Dispatcher:
     def _assign(self, action: f.Assign) -> None:
         job = action.job
         if action.worker in self._wires:
-            frame = Frame(Kind.JOB, job.id, job.flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
+            flag = job.flag | (BATCHED if action.batched else 0)
+            frame = Frame(Kind.JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
 
@@ -350,7 +354,7 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
     """Entry of the process. The last two arguments name a template that the parent forked for us."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some while it started us
     line = socket.socket(fileno=int(fd))
-    linux.adopt_orphans()
+    can_adopt = linux.adopt_orphans()
     fleet = Fleet()
     if template_fd.strip() and template_pid:
         fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
@@ -361,7 +365,6 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
         return
     set_title(f"mpworker: dispatcher{json.loads(boot.extra)['label']}")
     try:
-        Dispatcher(line, boot, fleet).run()
+        Dispatcher(line, boot, fleet, can_adopt).run()
     finally:
         fleet.end_all()
-        sys.stdout.flush()

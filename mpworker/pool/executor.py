@@ -6,6 +6,7 @@ Owns the public face: arguments, limits, life and death of the pool. Never forks
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -138,7 +139,8 @@ class ProcessPool(Executor):
                 core.wake()
                 return future
         if core.slots is not None:
-            core.slots.release()
+            with contextlib.suppress(ValueError):  # the thread has freed all of them already
+                core.slots.release()
         raise core.broken or RuntimeError("cannot schedule new futures after shutdown")
 
     def map(

@@ -42,6 +42,8 @@ class Job:
     guard: float = inf
     #: how the job will end, once that is decided but its worker still lives
     verdict: tuple[JobState, dict[str, Any]] | None = None
+    #: stands in its lane's queue
+    queued: bool = False
     #: asked back by a flush, unless it has started
     recalled: bool = False
 
@@ -201,6 +203,8 @@ class Spawn(NamedTuple):
 class Assign(NamedTuple):
     worker: int
     job: Job
+    #: others may follow before it is done
+    batched: bool
 
 
 class Dismiss(NamedTuple):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpworker.pool import linux
+from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
 from mpworker.pool.title import PADDING
@@ -70,7 +71,7 @@ def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
     """
     ours, theirs = socket.socketpair()
     line, template_end = socket.socketpair()
-    _flush_streams()
+    flush_streams()
     pid = os.fork()
     if pid == 0:
         _become_dispatcher(ours, theirs, line, template_end)
@@ -311,9 +312,3 @@ class Fleet:
                     popen.returncode = 0
             else:
                 time.sleep(0.002)
-
-
-def _flush_streams() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.flush()

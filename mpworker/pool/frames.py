@@ -41,7 +41,7 @@ class Kind(IntEnum):
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     STOP = 7  # end now
     # dispatcher → worker
-    JOB = 10
+    JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
     # dispatcher → watchdog
     SIGNAL = 12  # job, flag: signal
@@ -69,6 +69,9 @@ class Kind(IntEnum):
     HOOK_STARTED = 58  # job it belongs to
     BYE = 56  # all is done, nothing follows
 
+
+#: In the flag of a JOB: it is, or may be, one of several on their way to the same worker.
+BATCHED = 0x80
 
 _KINDS = {int(kind): kind for kind in Kind}
 

@@ -160,12 +160,14 @@ class Results:
         else:
             state = "done" if succeeded else "failed"
         self.counts[state] += 1
-        if self.slots is not None:
+        if self.slots is not None and frame.job not in self.names:
             self.slots.release()
         if (future := self.futures.pop(frame.job, None)) is not None:
             future.settle(succeeded, value)
 
     def _on_hook_ended(self, frame: Frame) -> None:
+        if self.slots is not None and frame.job in self.names:
+            self.slots.release()  # a task with callbacks is unfinished until one of them has run
         name = self.names.pop(frame.job, "?")
         succeeded, error = open_outcome(frame.flag, frame.body)
         if not succeeded:
@@ -174,7 +176,8 @@ class Results:
     def _fail_all(self, error: BaseException) -> None:
         while self.futures:
             self.futures.popitem()[1].settle(False, error)
-            if self.slots is not None:
+        with contextlib.suppress(ValueError):  # whoever waits for a slot shall hear that there will be none
+            while self.slots is not None:
                 self.slots.release()
 
 

@@ -7,6 +7,7 @@ events.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,9 @@ logger = logging.getLogger("mpworker.pool")
 
 #: Dispatchers that may die in a row without one of them having had a ready worker.
 _MAX_RESTARTS = 3
+#: How often a new dispatcher is tried when the system refuses, and the seconds between two tries.
+_START_TRIES = 10
+_START_PAUSE = 0.5
 #: Seconds that a dispatcher gets to end everything.
 _KILL_TIMEOUT = 4.0
 #: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
@@ -87,6 +92,8 @@ class Handle:
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
         self._outbox = Outbox()
         self._flushing = threading.Lock()
+        #: what is noted here and what is put into the outbox change together
+        self._mutex = threading.RLock()
         self._reader = FrameReader("the dispatcher")
         self._process: Any = None
         self._line: socket.socket | None = None
@@ -139,6 +146,8 @@ class Handle:
         """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it, a few seconds."""
         self.finished = True
         if self._line is not None:
+            with contextlib.suppress(OSError):
+                self._line.shutdown(socket.SHUT_RDWR)  # a fork of ours may hold it too
             self._line.close()
             self._line = None
         if self._process is not None:
@@ -164,13 +173,18 @@ class Handle:
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
         """
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
-        self._sent[job] = _Sent(pieces, hooks)
-        self._send(*pieces)
+        with self._mutex:
+            self._sent[job] = _Sent(pieces, hooks)
+            self._outbox.put(*pieces)
+        self.flush()
 
     def call_hooks(self, job: int, hooks: bytes, flag: Outcome, body: bytes) -> None:
         """Runs a callback in the callback process with an outcome that the caller knows; HOOK_ENDED follows."""
-        self._hooked[job] = hooks, flag, body
-        self._send(*_submission(job, Lane.HOOKS, flag, 0.0, self.options.callback_limit, hooks, body))
+        pieces = _submission(job, Lane.HOOKS, flag, 0.0, self.options.callback_limit, hooks, body)
+        with self._mutex:
+            self._hooked[job] = hooks, flag, body
+            self._outbox.put(*pieces)
+        self.flush()
 
     def cancel(self, job: int, signum: int = signal.SIGTERM, grace: float = 0.5) -> None:
         """Ends a job, wherever it is; never touches another. Its terminal event follows.
@@ -286,18 +300,32 @@ class Handle:
             yield Frame(Kind.BROKEN, body=f"the dispatcher died {self._restarts} times in a row, exit {code}".encode())
             return
         logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
-        self.start()
-        self.generation += 1
-        for sent in list(self._sent.values()):
-            self._outbox.put(*(sent.pieces or ()))
-        for job, call in list(self._hooked.items()):
-            if call is not None:
-                hooks, flag, body = call
-                limit = self.options.callback_limit
-                self._outbox.put(*_submission(job, Lane.HOOKS, flag, 0.0, limit, hooks, body))
-        if self._closing is not None:
-            self._outbox.put(encode(self._closing))
+        with self._mutex:
+            if not self._restart():
+                self.finished = True
+                yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
+                return
+            self.generation += 1
+            for sent in list(self._sent.values()):
+                self._outbox.put(*(sent.pieces or ()))
+            for job, call in list(self._hooked.items()):
+                if call is not None:
+                    hooks, flag, body = call
+                    limit = self.options.callback_limit
+                    self._outbox.put(*_submission(job, Lane.HOOKS, flag, 0.0, limit, hooks, body))
+            if self._closing is not None:
+                self._outbox.put(encode(self._closing))
         self.flush()
+
+    def _restart(self) -> bool:
+        for _ in range(_START_TRIES):
+            try:
+                self.start()
+                return True
+            except OSError as exc:  # no memory, no descriptor, no process: it may pass
+                logger.error("a new dispatcher cannot be started: %s; trying again", exc)
+                time.sleep(_START_PAUSE)
+        return False
 
     def _bury_started(self) -> Iterator[Frame]:
         """What ran when the dispatcher died has died with it; what had not started, the next one starts."""

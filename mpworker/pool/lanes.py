@@ -22,9 +22,11 @@ UNKILLABLE = 5.0
 START_GRACE = 10.0
 #: Seconds an idle worker may take to leave when asked.
 LEAVE_GRACE = 5.0
-#: Workers that may die in a row before they are ready, and the seconds to wait after the first of them (then doubled).
+#: Workers that may die in a row before one has ever been ready.
 MAX_BOOT_FAILURES = 5
+#: Seconds to wait after the first that dies before it is ready, then twice as long each time, and at most so long.
 BOOT_BACKOFF = 0.1
+BOOT_BACKOFF_MAX = 5.0
 #: A backlog of tiny jobs is handed out in batches worth about this many seconds …
 BATCH_SECONDS = 0.001
 #: … and of at most this many jobs.
@@ -58,6 +60,7 @@ class LaneBook:
         self.ever_ready = False
         self._ready_timeout, self._max_tasks, self._ids, self._out = ready_timeout, max_tasks, ids, out
         self._mean = 0.0  # running mean of run times in seconds; 0 until one is known
+        self._dead = 0  # entries of the queue whose job has ended
         self._boot_failures = 0
         self._spawn_at = inf
 
@@ -78,7 +81,7 @@ class LaneBook:
                 worker.jobs.append(job)
                 worker.state = WorkerState.BUSY
                 job.state, job.worker = JobState.ASSIGNED, worker
-                self._out.append(f.Assign(worker.id, job))
+                self._out.append(f.Assign(worker.id, job, room > 1))
         if not worker.jobs:
             worker.state, worker.deadline = WorkerState.IDLE, inf
             self.idle[worker.id] = worker
@@ -94,9 +97,26 @@ class LaneBook:
     def _next(self) -> Job | None:
         while self.queue:
             job = self.queue.popleft()
-            if job.state is JobState.QUEUED:  # else it was cancelled while it waited
+            if job.queued:
+                job.queued = False
                 return job
+            self._dead -= 1  # it ended while it waited
         return None
+
+    def put(self, job: Job, *, first: bool = False) -> None:
+        """Queues a job, or puts one back to the front."""
+        job.queued = True
+        (self.queue.appendleft if first else self.queue.append)(job)
+
+    def drop(self, job: Job) -> None:
+        """A job has ended while it waited; it leaves the queue when its turn comes."""
+        job.queued = False
+        self._dead += 1
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue that still want to run."""
+        return len(self.queue) - self._dead
 
     def note_runtime(self, seconds: float) -> None:
         """Takes one run time into the running mean."""
@@ -111,9 +131,8 @@ class LaneBook:
         # A slot stays taken until its process is gone, so that two never share one.
         taken = {worker.slot for worker in self.workers.values()}
         free = [slot for slot in range(self.size) if slot not in taken]
-        if self.draining:  # no more than there is work for
-            free = free[: max(0, len(self.queue) - len(self.workers))]
-        for slot in free:
+        wanted = min(self.size, self.waiting) if self.draining else self.size
+        for slot in free[: max(0, wanted - len(self.workers))]:
             worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
             self.workers[worker.id] = worker
             self._out.append(f.Spawn(worker.id, slot, self.lane))
@@ -143,7 +162,7 @@ class LaneBook:
             how many did so in a row.
         """
         self._boot_failures += 1
-        self._spawn_at = now + BOOT_BACKOFF * 2 ** (self._boot_failures - 1)
+        self._spawn_at = now + min(BOOT_BACKOFF * 2 ** min(self._boot_failures - 1, 16), BOOT_BACKOFF_MAX)
         return self._boot_failures
 
     def remove(self, worker: Worker) -> None:

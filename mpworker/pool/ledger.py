@@ -25,6 +25,9 @@ from mpworker.states import JobState, WorkerState
 
 #: Seconds after a hard limit at which the dispatcher steps in, because the watchdog evidently cannot.
 GUARD_GRACE = 0.5
+#: Bytes of outcomes that may wait for the callback process before no new task is started.
+HOOKS_HIGH_WATER = 64 << 20
+_HOOK_COST = 1024  # of a callback in the queue, besides its outcome
 _HOOK_ID = 1 << 62
 _TAKEN_BACK = {"reason": "taken back before it started"}
 _STOPPED = {"reason": "the pool was stopped"}
@@ -56,6 +59,8 @@ class Ledger:
         self._ready_timeout, self._callback_limit, self._max_memory = ready_timeout, callback_limit, max_memory
         self._max_tasks = max_tasks
         self._next_hook = _HOOK_ID
+        self._hook_load = 0
+        self._parent_is_full = False
         self._ending = self._stopping = False
         self._recalled: set[int] = set()
         self._flush_tokens: list[int] = []
@@ -120,6 +125,9 @@ class Ledger:
 
     def _submitted(self, event: f.Submitted, now: float) -> None:
         job = event.job
+        if job.id in self.jobs:
+            self.late += 1
+            return
         self.jobs[job.id] = job
         if self._stopping and job.lane is Lane.TASKS:
             self._end(job, JobState.CANCELLED, _STOPPED, now)
@@ -128,7 +136,7 @@ class Ledger:
 
     def _enqueue(self, job: Job, now: float) -> None:
         book = self._books[job.lane]
-        book.queue.append(job)
+        book.put(job)
         if job.lane is Lane.HOOKS and not book.size:  # opens on first need
             book.size = 1
         if len(book.workers) < book.size:
@@ -176,7 +184,13 @@ class Ledger:
             self._answer_flush()
 
     def _pause(self, event: f.Paused, now: float) -> None:
-        self._tasks.paused = event.on
+        self._parent_is_full = event.on
+        self._set_pause(now)
+
+    def _set_pause(self, now: float) -> None:
+        """Nothing new is started while results or callbacks pile up somewhere (invariant 9)."""
+        full = HOOKS_HIGH_WATER if not self._tasks.paused else HOOKS_HIGH_WATER // 2
+        self._tasks.paused = self._parent_is_full or self._hook_load > full
         self._tasks.feed(now)
 
     def _drain(self, event: f.Draining, now: float) -> None:
@@ -201,7 +215,7 @@ class Ledger:
 
     def _unready(self, event: f.WorkerUnready, now: float) -> None:
         found = self._find(event.worker) if event.worker is not None else None
-        if found is None or not found[0].ever_ready:
+        if found is None or (found[0] is self._tasks and not found[0].ever_ready):
             self._break(event.why)
         else:  # its exit, which follows, counts as the failure
             self._log(logging.ERROR, f"a replacement worker did not get ready: {event.why}")
@@ -260,15 +274,19 @@ class Ledger:
         if job.verdict is not None:
             self._end(job, *job.verdict, now)
         else:
-            if call is not None:
-                self._out.append(f.Tell(Frame(Kind.HOOK_QUEUED, job.id, call.flag, 0.0, 0.0, call.hooks, call.body)))
-                self._hook(job.id, call.flag, call.hooks, call.body, now)
+            self._honour(call, now)
             self._finish(job, event, now)
         worn = (self._max_tasks and worker.done >= self._max_tasks) or 0 < self._max_memory < event.max_rss
         if worn and book is self._tasks and worker.state is WorkerState.BUSY:
             book.retire(worker, now)
         else:
             self._go_on(book, worker, now)
+
+    def _honour(self, call: f.HookCalled | None, now: float) -> None:
+        """The callback that a task has asked for itself; it had ended by then, whatever became of its process."""
+        if call is not None:
+            self._out.append(f.Tell(Frame(Kind.HOOK_QUEUED, call.job, call.flag, 0.0, 0.0, call.hooks, call.body)))
+            self._hook(call.job, call.flag, call.hooks, call.body, now)
 
     def _returned(self, event: f.JobReturned, now: float) -> None:
         found, job = self._find(event.worker), self.jobs.get(event.job)
@@ -291,13 +309,14 @@ class Ledger:
             book.dismiss(worker, now)
 
     def _requeue(self, job: Job, now: float) -> None:
-        job.state, job.worker, job.guard = JobState.QUEUED, None, inf
+        job.worker, job.guard = None, inf
         if job.verdict is not None:
             self._end(job, *job.verdict, now)
         elif job.recalled:
             self._end(job, JobState.CANCELLED, _TAKEN_BACK, now)
         else:
-            self._books[job.lane].queue.appendleft(job)
+            job.state = JobState.QUEUED
+            self._books[job.lane].put(job, first=True)
 
     def _faulty(self, event: f.WorkerFaulty, now: float) -> None:
         found = self._find(event.worker)
@@ -320,15 +339,27 @@ class Ledger:
             if waiting is not job:
                 self._requeue(waiting, now)
         if job is not None:
+            self._honour(worker.call, now)
             self._end(job, *(job.verdict or _cause(job, worker, event, now)), now)
         elif worker.state in (WorkerState.IDLE, WorkerState.BUSY):
             self._log(logging.WARNING, f"an idle worker, process {worker.pid}, {_manner(event)}; it is replaced")
-        if worker.state is WorkerState.STARTING and book.boot_failed(now) >= MAX_BOOT_FAILURES:
-            self._break(
-                f"{MAX_BOOT_FAILURES} workers in a row died before they were ready; the last one {_manner(event)}"
-            )
+        if worker.state is WorkerState.STARTING:
+            self._boot_failed(book, event, now)
         book.balance(now)
         book.feed(now)
+
+    def _boot_failed(self, book: LaneBook, event: f.WorkerGone, now: float) -> None:
+        """Before the first success it ends the pool; afterwards it is bad luck that may pass, such as no memory."""
+        failures = book.boot_failed(now)
+        manner = f"{failures} workers in a row died before they were ready; the last one {_manner(event)}"
+        if book is self._tasks and not book.ever_ready:
+            if failures >= MAX_BOOT_FAILURES:
+                self._break(manner)
+        elif failures == MAX_BOOT_FAILURES:
+            self._log(logging.ERROR, f"{manner}; trying on")
+        if book is self._hooks and failures >= MAX_BOOT_FAILURES:
+            for job in [job for job in self.jobs.values() if job.queued and job.lane is Lane.HOOKS]:
+                self._end(job, JobState.LOST, {"why": "the callback process cannot start"}, now)
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -358,6 +389,7 @@ class Ledger:
         job.state = JobState.FAILED if event.flag == Outcome.ERROR else JobState.DONE
         del self.jobs[job.id]
         if job.lane is Lane.HOOKS:
+            self._unload(job, now)
             self._tell(Kind.HOOK_ENDED, job.of or job.id, event.flag, body=event.body)
             return
         self._tell(Kind.DONE, job.id, event.flag, a=event.runtime, b=event.max_rss, body=event.body)
@@ -369,8 +401,11 @@ class Ledger:
         if self.jobs.pop(job.id, None) is None:
             return
         job.state = state
+        if job.queued:
+            self._books[job.lane].drop(job)
         body = pack_verdict(state, **facts)
         if job.lane is Lane.HOOKS:
+            self._unload(job, now)
             self._tell(Kind.HOOK_ENDED, job.of or job.id, Outcome.VERDICT, body=body)
         else:
             self._tell(Kind.ENDED, job.id, Outcome.VERDICT, body=body)
@@ -382,7 +417,14 @@ class Ledger:
         self._next_hook += 1
         job = Job(self._next_hook, Lane.HOOKS, flag, 0.0, self._callback_limit, hooks, body, of)
         self.jobs[job.id] = job
+        self._hook_load += len(body) + _HOOK_COST
         self._enqueue(job, now)
+        self._set_pause(now)
+
+    def _unload(self, job: Job, now: float) -> None:
+        if job.of:
+            self._hook_load -= len(job.body) + _HOOK_COST
+            self._set_pause(now)
 
     def _wind_down(self, now: float) -> None:
         if self.jobs or self.finished:

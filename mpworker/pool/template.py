@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 
 from mpworker.pool import boot as booting
@@ -73,8 +72,7 @@ def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:
 def _fork(
     line: socket.socket, request: Frame, fds: list[int], boot: booting.Boot, dispatcher: int, ready: bool
 ) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    booting.flush_streams()
     try:
         middle = os.fork()
     except OSError:  # the dispatcher sees the closed lines, and tries again after a while

@@ -46,6 +46,8 @@ class Watchdog(threading.Thread):
         os.set_blocking(self._wake_writer, False)
         self._wakes_at = inf
         self._busy_at = 0.0
+        #: a long job runs: what arrives behind it must not wait for it
+        self._reading = False
 
     def expect(self, alarm: float) -> None:
         """From the task thread: be awake at ``alarm``. Costs a system call only if it would not be."""
@@ -55,19 +57,23 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
-        poll = select.poll()
+        poll, worker = select.poll(), self._worker
         poll.register(self._control, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
         while True:
             now = time.monotonic()
             self._wakes_at = due = self._look(now)
-            if self._worker.alarm() < due:
+            if worker.alarm() < due:
                 continue  # a job began between the look and the promise
+            if self._reading:
+                poll.register(worker.data, select.POLLIN)
             for descriptor, _ in poll.poll(min(max(0.0, due - now), LONGEST_WAIT) * 1000 + 0.5):
                 if descriptor == self._wake_reader:
                     os.read(self._wake_reader, 4096)
-                else:
+                elif descriptor == self._control.fileno():
                     self._listen()
+            if self._reading:  # what has come for a busy worker goes back when the loop looks again
+                poll.unregister(worker.data)
 
     def _look(self, now: float) -> float:
         """Does what is due and returns when to look again."""
@@ -76,6 +82,7 @@ class Watchdog(threading.Thread):
         soft = stack = None
         with worker.gate:
             current = worker.current
+            self._reading = False
             if current is None:
                 return self._busy_at + _LINGER if now < self._busy_at + _LINGER else inf
             self._busy_at = now
@@ -86,7 +93,8 @@ class Watchdog(threading.Thread):
                 current.soft_at = inf
                 soft = current.soft
                 worker.interrupt()
-            if worker.inbox and now >= current.started + self.HAND_BACK:
+            if current.batched and now >= current.started + self.HAND_BACK:
+                current.long = self._reading = True
                 returned = worker.hand_back()
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)

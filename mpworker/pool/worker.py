@@ -29,7 +29,7 @@ from mpworker.errors import PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, linux
 from mpworker.pool.facts import Lane
-from mpworker.pool.frames import CHUNK, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
@@ -49,6 +49,10 @@ class Current:
     hard: float
     soft_at: float
     hard_at: float
+    #: others may wait behind it, here or in the pipe
+    batched: bool
+    #: it runs for so long that they have been handed back
+    long: bool = False
 
 
 class Worker:
@@ -69,7 +73,6 @@ class Worker:
         self.current: Current | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
-        self._call: bytes = b""
         self._reader = FrameReader("the dispatcher")
         self._sending = threading.Lock()
         self._unsent: list[bytes] = []
@@ -168,7 +171,7 @@ class Worker:
                 del self.revoked[job]
             else:
                 soft_at, hard_at = started + soft if soft else inf, started + hard if hard else inf
-                self.current = Current(job, started, soft, hard, soft_at, hard_at)
+                self.current = Current(job, started, soft, hard, soft_at, hard_at, bool(frame.flag & BATCHED))
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
@@ -186,16 +189,15 @@ class Worker:
         self._report(job, flag, runtime, peak * (1 if sys.platform == "darwin" else 1024), body)
 
     def _report(self, job: int, flag: int, runtime: float, peak: float, body: bytes) -> None:
-        call, self._call = self._call, b""
-        flush_streams()
+        booting.flush_streams()
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
-            self._unsent.append(call + head + body)
+            self._unsent.append(head + body)
         elif len(body) < _JOIN_BELOW:
-            self.send(call + head + body)
+            self.send(head + body)
         else:
-            self.send(call + head, body)
+            self.send(head, body)
 
     def _run(self, frame: Frame) -> tuple[int, bytes]:
         """Runs the job; whatever it raises becomes its outcome."""
@@ -206,7 +208,7 @@ class Worker:
                 if self._soft_due:
                     self._raise_soft()
                 if self.lane is Lane.HOOKS:
-                    callbacks.run(frame.extra, frame.flag, frame.body)
+                    callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
                     function, args, kwargs = self._unpack_call(frame.body)
                     value = function(*args, **kwargs)
@@ -226,8 +228,16 @@ class Worker:
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
             flag, body: the outcome to call it with.
         """
-        if self.current is not None:
-            self._call = encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body)
+        if self.current is None:
+            return
+        interruptible, self._interruptible = self._interruptible, False  # the soft limit must not cut a frame in two
+        try:  # sent now: should this process die before DONE, the task has ended all the same
+            self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+        finally:
+            self._interruptible = interruptible
+        if interruptible and self._soft_due:
+            self._soft_due = False
+            self._raise_soft()
 
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
@@ -237,7 +247,7 @@ class Worker:
         if current is None:
             return inf
         alarm = min(current.soft_at, current.hard_at)
-        return min(alarm, current.started + Watchdog.HAND_BACK) if self.inbox else alarm
+        return min(alarm, current.started + Watchdog.HAND_BACK) if current.batched and not current.long else alarm
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
@@ -299,10 +309,3 @@ this_worker: Worker | None = None
 def process_name() -> str:
     """``worker-N`` or ``callbacks``, as :mod:`multiprocessing` and its log records know this process."""
     return multiprocessing.process.current_process().name
-
-
-def flush_streams() -> None:
-    """What a task printed is seen now, not when this process ends, which may be by a signal."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.flush()

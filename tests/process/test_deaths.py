@@ -147,7 +147,7 @@ def test_callbacks_that_wait_survive_the_dispatcher(tmp_path: Path) -> None:
 
 def test_a_dispatcher_killed_again_and_again_is_replaced() -> None:
     with ProcessPool(1) as pool:
-        for number in range(6):
+        for number in range(5):
             assert pool.submit(support.give, number).result(PATIENCE) == number
             dispatcher = pool.stats()["dispatcher"]
             os.kill(dispatcher, signal.SIGKILL)

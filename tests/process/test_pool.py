@@ -1,4 +1,4 @@
-"""What comes back from a pool: values, exceptions of every kind, in order, and one clear error for each bad argument."""
+"""What comes back from a pool: values and every kind of exception, in order; and one clear line per bad argument."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_map_raises_where_the_task_did(pool: ProcessPool) -> None:
 
 def test_map_gives_up_in_time_and_cancels_the_rest(pool: ProcessPool) -> None:
     before = pool.stats()["cancelled"]
-    results = pool.map(support.sleep, [0.0, 3600.0, 3600.0, 3600.0], timeout=1.0)
+    results = pool.map(support.sleep, [0.0, 20.0, 20.0, 20.0], timeout=1.0)
     assert next(results) == 0.0
     with pytest.raises(TimeoutError):
         next(results)
@@ -166,7 +166,7 @@ def test_an_unpicklable_result_is_named(pool: ProcessPool) -> None:
 )
 def test_an_unpicklable_call_is_refused_at_once(pool: ProcessPool, function: object, argument: tuple[object]) -> None:
     before = pool.stats()["submitted"]
-    with pytest.raises(PayloadError, match="the call of .* cannot be pickled"):
+    with pytest.raises(PayloadError, match=r"^the call of .* cannot be pickled"):
         pool.submit(function, *argument)  # type: ignore[arg-type]
     with pytest.raises(PayloadError, match="a callback cannot be pickled"):
         pool.schedule(support.give, callback=lambda value: None)
@@ -234,9 +234,8 @@ def test_stats_count(tmp_path: Path) -> None:
         pool.submit(support.meet, here, go)
         here.wait()
         stats = wait_until(lambda: pool.stats() if pool.stats()["running"] else None, what="it is seen to run")
-        assert {key: stats[key] for key in ("submitted", "done", "failed", "lost", "timed_out", "cancelled")} == {
-            **{"submitted": 5, "done": 1, "failed": 1, "lost": 1, "timed_out": 1, "cancelled": 0}
-        }
+        counts = {"submitted": 5, "done": 1, "failed": 1, "lost": 1, "timed_out": 1, "cancelled": 0}
+        assert {key: stats[key] for key in counts} == counts
         assert (stats["pending"], stats["running"]) == (1, 1)
         assert support.alive(stats["dispatcher"])
         go.set()

@@ -1,0 +1,179 @@
+"""How workers start, and what happens when they cannot: one clear error, and no respawn loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import support
+from support import PATIENCE
+
+from mpworker import ProcessPool
+from mpworker.errors import BootError, PayloadError
+
+METHODS = ["fork", "forkserver", "spawn", "auto"]
+state: list[object] = []
+
+
+def remember(path: Path, value: object) -> None:
+    support.append(path, os.getpid())
+    state.append(value)
+
+
+def recall() -> tuple[int, list[object]]:
+    return os.getpid(), state
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_initializer_runs_once_in_each_worker(method: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessPool(2, start_method=method, initializer=remember, initargs=(log, "here")) as pool:
+        answers = [pool.submit(recall).result(PATIENCE) for _ in range(10)]
+        assert all(answer[1] == ["here"] for answer in answers)
+        assert {str(answer[0]) for answer in answers} <= set(support.lines(log))
+    assert len(support.lines(log)) == len(set(support.lines(log)))
+
+
+def misbehave(how: str) -> None:
+    if how == "raise":
+        raise LookupError("no such table")
+    if how == "sys.exit":
+        sys.exit("enough")
+    if how == "os._exit":
+        os._exit(3)
+    time.sleep(20)
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "words"),
+    [
+        *((method, "raise", "LookupError: no such table") for method in METHODS),
+        *((method, "sys.exit", "enough") for method in ("spawn", "auto")),
+        *((method, "os._exit", "code 3") for method in ("spawn", "auto")),
+    ],
+)
+def test_a_broken_initializer_ends_the_pool_with_one_clear_error(method: str, how: str, words: str) -> None:
+    with ProcessPool(2, start_method=method, initializer=misbehave, initargs=(how,)) as pool:
+        futures = [pool.submit(support.give, number) for number in range(5)]
+        for future in futures:
+            error = future.exception(PATIENCE)
+            assert isinstance(error, BootError)
+            assert words in str(error)
+        with pytest.raises(BootError, match=words):
+            pool.submit(support.give)
+
+
+@pytest.mark.parametrize("method", ["spawn", "auto"])
+def test_workers_that_take_too_long_to_get_ready_end_the_pool(method: str) -> None:
+    begun = time.monotonic()
+    with ProcessPool(1, start_method=method, initializer=misbehave, initargs=("hang",), ready_timeout=1.5) as pool:
+        error = pool.submit(support.give).exception(PATIENCE)
+        assert isinstance(error, BootError)
+        assert "1.5 s" in str(error)
+    assert time.monotonic() - begun < 1.5 + 2 * support.SLACK
+
+
+def test_an_initializer_that_cannot_be_pickled_is_refused_at_once() -> None:
+    with ProcessPool(1, initializer=lambda: None) as pool, pytest.raises(PayloadError, match="the initializer"):
+        pool.submit(support.give)
+
+
+GUARDLESS = """
+import support
+from mpworker import ProcessPool
+print("once more", flush=True)
+pool = ProcessPool(1, start_method={method!r})
+print(pool.submit(support.give, 7).result(20))
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "auto"])
+def test_a_script_without_its_guard_is_told_so_and_ends(method: str, tmp_path: Path) -> None:
+    ended = support.run_script(GUARDLESS.format(method=method), tmp_path)
+    assert ended.code == 1
+    assert 'if __name__ == "__main__":' in ended.err
+    assert "7" not in ended.out.split()
+
+
+def test_fork_needs_no_guard(tmp_path: Path) -> None:
+    ended = support.run_script(GUARDLESS.format(method="fork"), tmp_path)
+    assert (ended.code, ended.out.split()[-1]) == (0, "7")
+
+
+MAIN = """
+import sys
+import support
+from mpworker import ProcessPool
+
+LOADED = sys.argv[2:]
+
+def own(number):
+    return number + 1, LOADED
+
+class Own(Exception):
+    pass
+
+def raise_own():
+    raise Own("mine")
+
+if __name__ == "__main__":
+    LOADED.append("set in the parent")
+    with ProcessPool(1, start_method=sys.argv[1]) as pool:
+        print(pool.submit(own, 1).result(30))
+        error = pool.submit(raise_own).exception(30)
+        print(type(error) is Own, error)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_and_exceptions_of_a_script_travel(method: str, tmp_path: Path) -> None:
+    ended = support.run_script(MAIN, tmp_path, method, "word")
+    memory = ["word", "set in the parent"] if method == "fork" else ["word"]
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == f"(2, {memory})\nTrue mine\n"
+
+
+def test_a_script_that_is_a_module_of_a_package_works(tmp_path: Path) -> None:
+    package = tmp_path / "pack"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "sub.py").write_text(MAIN)
+    start = "import runpy, sys\nsys.argv[1:] = ['auto']\n"
+    ended = support.run_script(f"{start}runpy.run_module('pack.sub', run_name='__main__', alter_sys=True)\n", tmp_path)
+    assert (ended.code, ended.out) == (0, "(2, [])\nTrue mine\n"), ended.err
+
+
+def test_native_threads_of_the_application_turn_auto_into_spawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = """
+import logging, threading, support
+from mpworker import ProcessPool
+if __name__ == "__mp_main__":
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO", format="%(message)s")
+    with ProcessPool(1) as pool:
+        print(pool.submit(support.give, 1).result(30))
+"""
+    ended = support.run_script(script, tmp_path)
+    assert (ended.code, ended.out) == (0, "1\n")
+    (line,) = [line for line in ended.err.splitlines() if "spawn" in line]
+    assert "has 2 threads" in line
+
+
+def test_auto_forks_from_a_clean_process() -> None:
+    """A lock held by a thread of this process is free in the workers."""
+    with held, ProcessPool(1) as pool:
+        assert pool.submit(take_lock).result(PATIENCE) is True
+
+
+held = threading.Lock()
+
+
+def take_lock() -> bool:
+    return held.acquire(timeout=1.0)

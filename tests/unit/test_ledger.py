@@ -1,0 +1,524 @@
+"""The ledger alone: late, doubled and contradicting events, and a machine that plays every worker at once."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from mpworker.pool import facts as f
+from mpworker.pool.facts import Job, Lane
+from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.ledger import GUARD_GRACE, Ledger
+from mpworker.pool.parcel import Outcome, open_verdict
+from mpworker.states import JobState
+
+ENDS = (Kind.DONE, Kind.ENDED)
+
+
+@dataclass
+class Played:
+    """A worker process as the test plays it."""
+
+    slot: int
+    lane: Lane
+    ready: bool = False
+    inbox: list[Job] = field(default_factory=list)
+    running: Job | None = None
+    leaving: bool = False
+    killed: int = 0
+
+
+class World:
+    """A ledger, a clock, and processes that do what the actions say; checks each action as it comes."""
+
+    def __init__(self, size: int = 2, **limits: Any) -> None:
+        self.ledger = Ledger(size, 60.0, 5.0, **limits)
+        self.size, self.now = size, 1000.0
+        self.workers: dict[int, Played] = {}
+        self.frames: list[Frame] = []
+        self.ends: Counter[int] = Counter()
+        self.hook_ends: Counter[int] = Counter()
+        self.finished = False
+        self.tell(f.Begun())
+
+    def tell(self, event: Any) -> list[Any]:
+        actions = self.ledger.apply(event, self.now)
+        for action in actions:
+            getattr(self, f"_{type(action).__name__.lower()}")(action)
+        return actions
+
+    def _spawn(self, action: f.Spawn) -> None:
+        assert action.worker not in self.workers
+        assert not self.finished
+        slots = {worker.slot for worker in self.workers.values() if worker.lane == action.lane}
+        assert action.slot not in slots, "two workers share a slot"
+        assert action.slot < (self.size if action.lane is Lane.TASKS else 1), "more workers than asked for"
+        self.workers[action.worker] = Played(action.slot, action.lane)
+
+    def _assign(self, action: f.Assign) -> None:
+        worker = self.workers[action.worker]
+        assert worker.ready
+        assert not worker.leaving
+        assert worker.lane is action.job.lane
+        assert not self.ends[action.job.id], "a job that has ended is given out"
+        assert not any(action.job in other.inbox or other.running is action.job for other in self.workers.values())
+        worker.inbox.append(action.job)
+
+    def _dismiss(self, action: f.Dismiss) -> None:
+        worker = self.workers[action.worker]
+        assert not worker.inbox
+        assert worker.running is None
+        worker.leaving = True
+
+    def _signal(self, action: f.Signal) -> None:
+        worker = self.workers[action.worker]
+        if worker.running is not None and worker.running.id == action.job:
+            worker.killed += action.signum not in (0, signal.SIGUSR1)
+
+    def _kill(self, action: f.Kill) -> None:
+        if action.worker in self.workers:  # it may be that its exit is not known to the ledger yet
+            self.workers[action.worker].killed += 1
+
+    def _tell(self, action: f.Tell) -> None:
+        frame = action.frame
+        assert not self.finished, "something follows the end"
+        self.frames.append(frame)
+        if frame.kind in ENDS:
+            self.ends[frame.job] += 1
+            assert self.ends[frame.job] == 1, "a job has two ends"
+        elif frame.kind is Kind.HOOK_ENDED:
+            self.hook_ends[frame.job] += 1
+        assert frame.kind is not Kind.BROKEN, frame.body
+
+    def _finish(self, action: f.Finish) -> None:
+        self.finished = True
+
+    # -- what processes do ---------------------------------------------------------------------------------------
+
+    def submit(self, job: int, **more: Any) -> Job:
+        made = Job(job, **more)
+        self.tell(f.Submitted(made))
+        return made
+
+    def get_ready(self, worker: int) -> None:
+        self.workers[worker].ready = True
+        self.tell(f.WorkerReady(worker, 100 + worker))
+
+    def begin(self, worker: int) -> None:
+        played = self.workers[worker]
+        played.running = played.inbox.pop(0)
+        self.tell(f.JobStarted(worker, played.running.id, self.now))
+
+    def end(self, worker: int, flag: Outcome = Outcome.VALUE, runtime: float = 0.00001, rss: float = 0.0) -> None:
+        job, self.workers[worker].running = self.workers[worker].running, None
+        assert job is not None
+        self.tell(f.JobDone(worker, job.id, flag, b"body", runtime, rss))
+
+    def hand_back(self, worker: int) -> None:
+        self.tell(f.JobReturned(worker, self.workers[worker].inbox.pop().id))
+
+    def exit(self, worker: int, code: int | None = None, signum: int | None = signal.SIGKILL) -> None:
+        del self.workers[worker]
+        self.tell(f.WorkerGone(worker, code, signum, 1 << 20))
+
+    def step(self, worker: int) -> None:
+        """One worker does the next thing that a good one does."""
+        played = self.workers[worker]
+        if played.killed:
+            self.exit(worker)
+        elif not played.ready:
+            self.get_ready(worker)
+        elif played.running is not None:
+            self.end(worker)
+        elif played.inbox:
+            self.begin(worker)
+        elif played.leaving:
+            self.exit(worker, 0, None)
+
+    def settle(self) -> None:
+        """Lets everybody work until nothing moves any more."""
+        for _ in range(300):
+            before = len(self.frames), {key: vars(worker).copy() for key, worker in self.workers.items()}
+            for worker in list(self.workers):
+                self.step(worker)
+            deadline = self.ledger.next_deadline()
+            after = len(self.frames), {key: vars(worker).copy() for key, worker in self.workers.items()}
+            if before == after:
+                if deadline == inf or self.finished:
+                    return
+                self.now = max(self.now, deadline)
+                self.tell(f.Ticked())
+        raise AssertionError("it never comes to rest")
+
+    def verdict(self, job: int) -> tuple[JobState, dict[str, Any]]:
+        (frame,) = [frame for frame in self.frames if frame.kind is Kind.ENDED and frame.job == job]
+        return open_verdict(frame.body)
+
+    def kinds(self, job: int) -> list[Kind]:
+        return [frame.kind for frame in self.frames if frame.job == job and frame.kind is not Kind.LOG]
+
+
+@pytest.fixture
+def world() -> World:
+    world = World(1)
+    world.get_ready(0)
+    return world
+
+
+def test_a_job_is_given_out_starts_and_ends(world: World) -> None:
+    world.submit(7)
+    world.begin(0)
+    world.end(0)
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+    assert world.ledger.late == 0
+
+
+@pytest.mark.parametrize("again", ["done", "started", "returned", "expired", "cancelled"])
+def test_what_comes_after_the_end_is_counted_and_dropped(world: World, again: str) -> None:
+    world.submit(7, hard=1.0, hooks=b"hooks")
+    world.begin(0)
+    world.end(0)
+    before = len(world.frames)
+    event = {
+        "done": f.JobDone(0, 7, Outcome.VALUE, b"", 0.0, 0.0),
+        "started": f.JobStarted(0, 7, world.now),
+        "returned": f.JobReturned(0, 7),
+        "expired": f.JobExpired(0, 7),
+        "cancelled": f.Cancelled(7, signal.SIGTERM, 0.5),
+    }[again]
+    assert world.tell(event) == []
+    assert len(world.frames) == before
+    assert world.ledger.late == 1
+
+
+def test_a_worker_speaks_only_for_its_own_job() -> None:
+    world = World(2)
+    world.get_ready(0)
+    world.get_ready(1)
+    world.submit(7)
+    (owner,) = [key for key, worker in world.workers.items() if worker.inbox]
+    world.begin(owner)
+    for event in (
+        f.JobDone(1 - owner, 7, Outcome.VALUE, b"forged", 0.0, 0.0),
+        f.JobStarted(1 - owner, 7, world.now),
+        f.JobReturned(1 - owner, 7),
+        f.JobExpired(1 - owner, 7),
+        f.JobDone(99, 7, Outcome.VALUE, b"forged", 0.0, 0.0),
+        f.WorkerGone(99, 1, None, None),
+        f.WorkerReady(99, 1),
+        f.WorkerFaulty(99, "?"),
+        f.HookCalled(1 - owner, 7, 0, b"", b""),
+    ):
+        assert world.tell(event) == []
+    world.end(owner)
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+
+
+def test_a_death_costs_the_running_job_and_the_others_keep_their_order(world: World) -> None:
+    world.submit(1)
+    world.begin(0)
+    world.end(0)
+    for job in range(2, 30):
+        world.submit(job)
+    world.begin(0)
+    lost = 2
+    assert world.workers[0].inbox == [] or lost not in [job.id for job in world.workers[0].inbox]
+    world.exit(0, None, signal.SIGSEGV)
+    state, told = world.verdict(lost)
+    assert state is JobState.LOST
+    assert (told["pid"], told["signal"], told["exitcode"], told["by_pool"]) == (100, signal.SIGSEGV, None, False)
+    world.settle()
+    assert [frame.job for frame in world.frames if frame.kind is Kind.STARTED] == list(range(1, 30))
+
+
+def test_the_dispatchers_own_limit_climbs_the_ladder(world: World) -> None:
+    world.submit(7, hard=2.0)
+    world.begin(0)
+    assert world.ledger.next_deadline() == world.now + 2.0 + GUARD_GRACE
+    world.now += 2.0 + GUARD_GRACE
+    assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
+    world.now = world.ledger.next_deadline()
+    assert f.Kill(0, signal.SIGKILL) in world.tell(f.Ticked())
+    world.exit(0)
+    assert world.verdict(7)[0] is JobState.TIMED_OUT
+
+
+def test_the_watchdogs_word_comes_before_the_exit(world: World) -> None:
+    world.submit(7, hard=2.0)
+    world.begin(0)
+    world.now += 2.0
+    world.tell(f.JobExpired(0, 7, "line 12"))
+    world.exit(0, None, signal.SIGTERM)
+    assert world.verdict(7) == (JobState.TIMED_OUT, {"state": "timed_out", "limit": 2.0, "stack": "line 12"})
+
+
+@pytest.mark.parametrize("first", ["cancel", "limit"])
+def test_the_first_reason_stands(world: World, first: str) -> None:
+    world.submit(7, hard=2.0)
+    world.begin(0)
+    events = [f.Cancelled(7, signal.SIGTERM, 0.5), f.JobExpired(0, 7)]
+    for event in events if first == "cancel" else reversed(events):
+        world.tell(event)
+    world.exit(0)
+    assert world.verdict(7)[0] is (JobState.CANCELLED if first == "cancel" else JobState.TIMED_OUT)
+
+
+def test_an_end_that_crosses_its_cancel_is_a_cancelled_job(world: World) -> None:
+    world.submit(7)
+    world.begin(0)
+    world.tell(f.Cancelled(7, signal.SIGTERM, 0.5))
+    world.end(0)
+    assert world.verdict(7)[0] is JobState.CANCELLED
+
+
+def test_cancelling_a_job_in_an_inbox_takes_it_back(world: World) -> None:
+    world.submit(7)
+    (signalled,) = [a for a in world.tell(f.Cancelled(7, signal.SIGTERM, 0.5)) if isinstance(a, f.Signal)]
+    assert signalled == f.Signal(0, 7, signal.SIGTERM)
+    world.hand_back(0)
+    assert world.verdict(7)[0] is JobState.CANCELLED
+    assert world.kinds(7) == [Kind.ENDED]
+
+
+def test_a_job_that_comes_back_starts_elsewhere() -> None:
+    world = World(2)
+    world.get_ready(0)
+    world.submit(7)
+    world.get_ready(1)
+    world.hand_back(0)
+    world.settle()
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+
+
+def test_a_ready_worker_that_does_not_start_its_job_is_killed_and_the_job_starts_elsewhere(world: World) -> None:
+    world.submit(7)
+    stuck = world.workers[0]
+    world.now = world.ledger.next_deadline()
+    world.tell(f.Ticked())
+    assert stuck.killed == 1
+    world.exit(0)
+    world.settle()
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+
+
+def test_workers_that_never_get_ready_break_the_pool_after_a_few_tries() -> None:
+    ledger = Ledger(1, 60.0, 5.0)
+    now, told = 0.0, ledger.apply(f.Begun(), 0.0)
+    actions = told
+    for _ in range(40):
+        spawned = [action for action in actions if isinstance(action, f.Spawn)]
+        if spawned:
+            actions = ledger.apply(f.WorkerGone(spawned[0].worker, 1, None, None), now)
+        elif (now := ledger.next_deadline()) < inf:
+            actions = ledger.apply(f.Ticked(), now)
+        else:
+            break
+        told = told + actions
+        if any(isinstance(action, f.Finish) for action in actions):
+            break
+    assert 1 < sum(isinstance(action, f.Spawn) for action in told) < 10
+    assert now > 0.0, "it waited between the tries"
+    (broken,) = [action.frame for action in told if isinstance(action, f.Tell) and action.frame.kind is Kind.BROKEN]
+    assert b"code 1" in broken.body
+
+
+def test_the_same_events_give_the_same_actions() -> None:
+    def run() -> list[str]:
+        world, told = World(2), []
+        world.get_ready(0)
+        for job in range(1, 6):
+            told += world.tell(f.Submitted(Job(job, hooks=b"h")))
+        world.begin(0)
+        del world.workers[0]
+        told += world.tell(f.WorkerGone(0, 1, None, None))
+        told += world.tell(f.Draining())
+        return [f"{type(action).__name__} {getattr(action, 'worker', '')}" for action in told]
+
+    assert run() == run()
+
+
+def test_a_pause_holds_jobs_back_and_its_end_lets_them_go(world: World) -> None:
+    world.tell(f.Paused(True))
+    world.submit(7)
+    assert not world.workers[0].inbox
+    world.tell(f.Paused(False))
+    assert [job.id for job in world.workers[0].inbox] == [7]
+
+
+@pytest.mark.parametrize("hooks", [b"", b"hooks"])
+@pytest.mark.parametrize("how", ["cancelled", "flushed"])
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_job_that_ended_while_it_waited_keeps_no_draining_pool_alive(hooks: bytes, how: str, ready: bool) -> None:
+    world = World(2)
+    if ready:
+        world.tell(f.Paused(True))
+        for worker in list(world.workers):
+            world.get_ready(worker)
+    for job in range(1, 6):
+        world.submit(job, hooks=hooks)
+    for job in range(1, 6) if how == "cancelled" else ():
+        world.tell(f.Cancelled(job, signal.SIGTERM, 0.5))
+    world.tell(f.FlushAsked(1))
+    world.tell(f.Draining())
+    world.settle()
+    assert world.finished
+    assert world.hook_ends == (dict.fromkeys(range(1, 6), 1) if hooks else {})
+
+
+def open_rule(**strategies: Any) -> Any:
+    """A rule for as long as there is a pool."""
+
+    def decorate(function: Any) -> Any:
+        return precondition(lambda self: not self.world.finished)(rule(**strategies)(function))
+
+    return decorate
+
+
+class Pool(RuleBasedStateMachine):
+    """Any order of requests, work, deaths, silence and lies; then everything has ended exactly once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next_job, self.tokens, self.boot_deaths = 1, 0, 0
+        self.hooked: set[int] = set()
+        self.closed = False
+
+    @initialize(size=st.integers(1, 4), max_tasks=st.sampled_from([0, 0, 1, 3]))
+    def start(self, size: int, max_tasks: int) -> None:
+        self.world = World(size, max_tasks=max_tasks)
+
+    def pick(self, luck: int, *conditions: str) -> int | None:
+        fitting = [
+            key for key, worker in self.world.workers.items() if all(getattr(worker, name) for name in conditions)
+        ]
+        return fitting[luck % len(fitting)] if fitting else None
+
+    @precondition(lambda self: not self.closed)
+    @open_rule(count=st.integers(1, 6), hard=st.sampled_from([0.0, 0.5]), hooks=st.sampled_from([b"", b"hooks"]))
+    def submit(self, count: int, hard: float, hooks: bytes) -> None:
+        for _ in range(count):
+            if hooks:
+                self.hooked.add(self.next_job)
+            self.world.submit(self.next_job, hard=hard, hooks=hooks)
+            self.next_job += 1
+
+    @open_rule(luck=st.integers(0, 100), signum=st.sampled_from([signal.SIGTERM, signal.SIGUSR1, 0]))
+    def cancel(self, luck: int, signum: int) -> None:
+        self.world.tell(f.Cancelled(luck % (self.next_job + 1), signum, 0.5))
+
+    @open_rule(lucks=st.lists(st.integers(0, 100), min_size=1, max_size=8))
+    def work(self, lucks: list[int]) -> None:
+        for luck in lucks:
+            if (worker := self.pick(luck)) is not None:
+                self.world.step(worker)
+
+    @open_rule(luck=st.integers(0, 100))
+    def hand_back(self, luck: int) -> None:
+        if (worker := self.pick(luck, "inbox")) is not None:
+            self.world.hand_back(worker)
+
+    @open_rule(luck=st.integers(0, 100), fault=st.booleans())
+    def die(self, luck: int, fault: bool) -> None:
+        worker = self.pick(luck)
+        if worker is None:
+            return
+        if not self.world.workers[worker].ready:
+            self.boot_deaths += 1
+            if self.boot_deaths > 2:
+                return
+        if fault:
+            self.world.tell(f.WorkerFaulty(worker, "it closed its line"))
+            if worker not in self.world.workers:
+                return
+        self.world.exit(worker)
+
+    @open_rule(luck=st.integers(0, 100))
+    def expire(self, luck: int) -> None:
+        worker = self.pick(luck, "running")
+        if worker is not None and (job := self.world.workers[worker].running) is not None and job.hard:
+            self.world.tell(f.JobExpired(worker, job.id, "somewhere"))
+            self.world.workers[worker].killed += 1
+
+    @open_rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.now += seconds
+        if any(not worker.ready for worker in self.world.workers.values()):
+            self.world.now = min(self.world.now, self.world.ledger.next_deadline() - 1e-3)
+        if self.world.ledger.next_deadline() <= self.world.now:
+            self.world.tell(f.Ticked())
+
+    @precondition(lambda self: not self.closed)
+    @open_rule(size=st.integers(1, 5))
+    def resize(self, size: int) -> None:
+        self.world.size = size
+        self.world.tell(f.Resized(size))
+
+    @open_rule(on=st.booleans())
+    def pause(self, on: bool) -> None:
+        self.world.tell(f.Paused(on))
+
+    @open_rule()
+    def flush(self) -> None:
+        self.tokens += 1
+        self.world.tell(f.FlushAsked(self.tokens))
+
+    @open_rule(how=st.sampled_from([f.Draining, f.Draining, f.Stopping]), really=st.integers(0, 3))
+    def close(self, how: type, really: int) -> None:
+        if really == 0:
+            self.closed = True
+            self.world.tell(how())
+
+    @open_rule(luck=st.integers(0, 100), job=st.integers(0, 40), kind=st.integers(0, 4))
+    def lie(self, luck: int, job: int, kind: int) -> None:
+        """A worker speaks of a job that it does not have."""
+        worker = self.pick(luck)
+        worker = 9999 if worker is None else worker
+        played = self.world.workers.get(worker)
+        if played is not None and job in [j.id for j in [*played.inbox, *([played.running] if played.running else [])]]:
+            return
+        events = [
+            f.JobDone(worker, job, Outcome.VALUE, b"lie", 0.0, 0.0),
+            f.JobStarted(worker, job, self.world.now),
+            f.JobReturned(worker, job),
+            f.JobExpired(worker, job),
+            f.HookCalled(worker, job, 0, b"lie", b"lie"),
+        ]
+        before = self.world.ends.copy()
+        self.world.tell(events[kind])
+        assert self.world.ends == before
+
+    @rule()
+    def rest(self) -> None:
+        """After the end there is nothing else to do."""
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        if not world.finished:
+            world.tell(f.Paused(False))
+            world.settle()
+        assert world.ends == dict.fromkeys(range(1, self.next_job), 1), "a job has no end"
+        assert world.hook_ends == dict.fromkeys(self.hooked, 1), "a callback has no end, or two"
+        flushed = [frame.job for frame in world.frames if frame.kind is Kind.FLUSHED]
+        assert flushed == list(range(1, self.tokens + 1)), "a flush has no answer"
+        if not world.finished:
+            world.tell(f.Draining())
+            world.settle()
+        assert world.finished
+        # But for those that not even SIGKILL has ended: the ledger does not wait for them for ever.
+        assert all(worker.killed > 1 for worker in world.workers.values()), "somebody is still there"
+        assert world.frames[-1].kind is Kind.BYE
+        assert not world.ledger.jobs
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,112 @@
+"""Settings: every value from its place, and one clear line for each that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mpworker.errors import ConfigurationError
+from mpworker.settings import Settings, default_data_dir, unknown_variables
+
+
+def load(environ: dict[str, str] | None = None, **conf: object) -> Settings:
+    return Settings.load(conf, environ or {})
+
+
+def test_defaults() -> None:
+    settings = load()
+    assert (settings.start_method, settings.journal_fsync, settings.include) == ("auto", "off", ())
+    assert settings.journal_dir == settings.data_dir / "journal"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.start_method = "fork"  # type: ignore[misc]
+
+
+def test_the_data_directory_is_private_to_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_data_dir() == tmp_path / "mpworker"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_data_dir() == tmp_path / ".local/state/mpworker"
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_environment_wins_and_an_empty_variable_counts_as_unset() -> None:
+    assert load({"MPWORKER_START_METHOD": "fork"}, mpworker_start_method="spawn").start_method == "fork"
+    assert load({"MPWORKER_START_METHOD": ""}, mpworker_start_method="spawn").start_method == "spawn"
+    assert load({"MPWORKER_READY_TIMEOUT": "2.5"}).ready_timeout == 2.5
+
+
+def test_other_keys_are_not_looked_at() -> None:
+    assert load({"PATH": "x"}, broker_url="redis://", task_time_limit=3) == load()
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("a.b, c", ("a.b", "c")),
+        (" a  b ", ("a", "b")),
+        (["a", "b.c"], ("a", "b.c")),
+        (("a",), ("a",)),
+        ((), ()),
+    ],
+)
+def test_include_takes_text_or_a_list(value: object, names: tuple[str, ...]) -> None:
+    assert load(mpworker_include=value).include == names
+
+
+def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(mpworker_data_dir="x").data_dir == tmp_path / "x"
+    assert load(mpworker_journal=Path("~/j")).journal_dir == tmp_path / "j"
+
+
+@pytest.mark.parametrize("key", ["mpworker_strat_method", "MPWORKER_STRAT_METHOD"])
+def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load({key: "x"}, {})
+    assert str(caught.value) == f"unknown setting {key}; did you mean mpworker_start_method?"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("start_method", "thread"),
+        ("start_method", 1),
+        ("journal_fsync", "sometimes"),
+        ("include", "a-b"),
+        ("include", "a..b"),
+        ("include", ["a b"]),
+        ("data_dir", 5),
+        ("ready_timeout", 0),
+        ("ready_timeout", "soon"),
+        ("ready_timeout", float("nan")),
+        ("ready_timeout", float("inf")),
+        ("ready_timeout", True),
+        ("callback_time_limit", -1),
+        ("callback_time_limit", [1]),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_line_that_names_its_origin(name: str, value: object) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(**{f"mpworker_{name}": value})
+    assert str(caught.value).startswith(f"mpworker_{name} must be ")
+    assert repr(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if isinstance(value, str):
+        with pytest.raises(ConfigurationError, match=rf"^MPWORKER_{name.upper()} must be "):
+            load({f"MPWORKER_{name.upper()}": value})
+
+
+@pytest.mark.parametrize("value", [5, None.__class__, object()])
+def test_an_include_that_is_no_list_is_one_line_too(value: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"^mpworker_include must be "):
+        load(mpworker_include=value)
+
+
+def test_unknown_variables_are_told() -> None:
+    environ = {"MPWORKER_INCLDUE": "x", "MPWORKER_INCLUDE": "a", "MPWORKER_BROKER_URL": "b", "HOME": "c"}
+    (line,) = unknown_variables(environ)
+    assert line == "nothing reads the environment variable MPWORKER_INCLDUE; did you mean MPWORKER_INCLUDE?"
