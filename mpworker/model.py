@@ -64,14 +64,15 @@ class MultiProcess:
     Args:
         pool_num: worker processes of the local pool.
         broker: instead of a local pool, the URL of a Celery broker, such as ``"redis://host:6379/0"``.
+        callback_timeout: seconds that one callback may run (local pool; a node has a setting for it).
     """
 
-    def __init__(self, pool_num: int = 10, *, broker: str | None = None) -> None:
+    def __init__(self, pool_num: int = 10, *, broker: str | None = None, callback_timeout: float = 10.0) -> None:
         if isinstance(pool_num, bool) or not isinstance(pool_num, int) or pool_num < 1:
             raise ConfigurationError(f"pool_num must be a whole number of at least 1, not {pool_num!r}")
         if broker is not None and "://" not in broker:
             raise ConfigurationError(f"broker must be a URL such as redis://host:6379/0, not {broker!r}")
-        self.pool_num, self.broker = pool_num, broker
+        self.pool_num, self.broker, self.callback_timeout = pool_num, broker, callback_timeout
         self._pool: ProcessPool | None = None
         self._app: Celery | None = None
 
@@ -90,7 +91,7 @@ class MultiProcess:
             return
         from mpworker.pool.executor import ProcessPool
 
-        self._pool = ProcessPool(self.pool_num)
+        self._pool = ProcessPool(self.pool_num, callback_timeout=self.callback_timeout)
 
     def push(self, task: InfoTask) -> Any:
         """Hands a task over and returns at once.

@@ -35,6 +35,8 @@ _BROKER_SCHEMES = {"valkey": "redis", "valkeys": "rediss", "valkey+socket": "red
 _RESULT_SCHEMES = {"valkey": "redis", "valkeys": "rediss", "valkey+socket": "socket", "redis+socket": "socket"}
 _JOURNALED = ("redis", "rediss", "socket")
 
+_QUICK_RETRY = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
+
 _installed: WeakSet[Celery] = WeakSet()
 _default: list[Celery] = []
 _mutex = threading.Lock()
@@ -167,6 +169,8 @@ def _complete_default(sender: Celery, **_: Any) -> None:
         conf.broker_url = kombu_url(os.environ[BROKER_VARIABLE])
     elif conf.broker_url is None:
         defaults["broker_url"] = _embedded_url(sender)
+        # The socket is there or it is not: a client without a node shall hear that soon.
+        defaults["result_backend_transport_options"] = {"retry_policy": dict(_QUICK_RETRY)}
     else:
         conf.broker_url = kombu_url(conf.broker_url)
     if os.environ.get(RESULT_VARIABLE):

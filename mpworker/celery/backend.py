@@ -26,6 +26,7 @@ from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from mpworker.celery.app import settings_of
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
@@ -115,7 +116,7 @@ def journal_for(app: Any) -> Journal | None:
 def _named_journal(app: Any) -> Journal | None:
     if not (os.environ.get("MPWORKER_JOURNAL") or app.conf.get("mpworker_journal")):
         return None
-    settings = Settings.load(app.conf)
+    settings = settings_of(app)
     return Journal(settings.journal_dir, f"client@{socket.gethostname()}", settings.journal_fsync)
 
 
@@ -192,6 +193,18 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
         self._ship(journal, place, record)
         return encoded
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> None:
+        """Counts a part of a chord in Redis. With a journal, an outage does not fail the task that was the part."""
+        try:
+            super().on_chord_part_return(request, state, result, *args, **kwargs)
+        except self._outages as exc:
+            if (_node_journal or self._named) is None:
+                raise
+            self._redis_warnings.warn(
+                "task %s is in the journal, but could not be counted as a part of chord %s, because of Redis: %s",
+                *(request.id, request.group, describe(exc)),
+            )
 
     def _record(self, meta: dict[str, Any], message: str, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]

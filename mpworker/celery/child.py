@@ -29,7 +29,7 @@ from celery.worker import state as worker_state
 from mpworker import logs
 from mpworker.celery import hooks
 from mpworker.celery.models import register_models
-from mpworker.errors import PayloadError
+from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
 from mpworker.pool.facts import Lane
 from mpworker.pool.parcel import pack
@@ -114,7 +114,13 @@ def _find(spec: AppSpec) -> Celery:
         app_base.USING_EXECV = True
         return pickle.loads(spec.pickled)
     module, attribute = spec.place
-    app = getattr(import_module(module), attribute)
+    try:
+        app = getattr(import_module(module), attribute)
+    except AttributeError:
+        raise ConfigurationError(
+            f"importing {module} does not make the app {attribute!r} there: define it at the top level of a module, "
+            "not under 'if __name__', or set mpworker_start_method to fork"
+        ) from None
     app = app._get_current_object() if hasattr(app, "_get_current_object") else app
     for key, value in spec.changes.items():
         if app.conf.get(key) != value:
@@ -163,8 +169,7 @@ def initialize(hostname: str, journal: bool) -> None:
     for name, task in app.tasks.items():
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
     worker_state.reset_state()
-    if worker is not None and worker.lane is Lane.TASKS:
-        signals.worker_process_init.send(sender=hostname)
+    signals.worker_process_init.send(sender=hostname)
 
 
 def finish(exitcode: int) -> None:

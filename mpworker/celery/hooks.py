@@ -24,6 +24,8 @@ from mpworker.pool.parcel import Outcome, open_outcome, pack_error, pack_outcome
 
 logger = logging.getLogger("mpworker.callbacks")
 
+#: A revoke may cross the end of its task; so many ends are remembered.
+_MAX_ASKED = 10_000
 CALLBACK, ERROR_CALLBACK = "callback", "error_callback"
 
 
@@ -110,8 +112,8 @@ class ParentHooks:
         self._handle = handle
         #: of tasks whose callback has not ended, for the log
         self._names: dict[int, str] = {}
-        #: ids of unfinished messages whose task has asked for its callback in the worker
-        self._asked: set[str] = set()
+        #: ids of the tasks that have lately asked for their callback in the worker, in order
+        self._asked: dict[str, None] = {}
 
     def connect(self) -> None:
         signals.task_failure.connect(self._on_failure, weak=True)
@@ -124,11 +126,13 @@ class ParentHooks:
     def queued(self, job: int, name: str, task_id: str) -> None:
         """A worker has asked for the callback of this job; whatever becomes of its process, there is no second."""
         self._names[job] = f"{name}[{task_id}]"
-        self._asked.add(task_id)
+        self._asked[task_id] = None
+        if len(self._asked) > _MAX_ASKED:
+            del self._asked[next(iter(self._asked))]
 
-    def settled(self, task_id: str) -> None:
-        """Celery has heard the end of this message."""
-        self._asked.discard(task_id)
+    def begins(self, task_id: str) -> None:
+        """A message of this task goes to the pool, perhaps not the first one."""
+        self._asked.pop(task_id, None)
 
     def ended(self, frame: Frame) -> None:
         """Hears a HOOK_ENDED."""

@@ -61,6 +61,11 @@ class Job:
         self.pid = 0
         self.terminated = self._echo = 0
 
+    def abandon(self) -> None:
+        """The broker has its message again: should it start all the same, it is ended, and Celery hears nothing."""
+        self.callbacks = {}
+        self.pool.handle.cancel(self.id, signal.SIGKILL, KILL_GRACE)
+
     def terminate(self, signum: int, *, echoes: bool = False) -> None:
         """Signals this job, wherever it is, and no other. Called by Celery's ``Request``.
 
@@ -161,9 +166,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def on_stop(self) -> None:
         """Warm: lets started jobs finish, hears their results, sends their acks. May be entered again by a signal."""
         self.flush()
+        patience = time.monotonic() + TERMINATE_GRACE + 2.0
         while self._jobs and self.handle.fileno() >= 0:
             self._step(0.2)
             self._loop.keep_alive()
+            if not all(job.terminated for job in self._jobs.values()):
+                patience = time.monotonic() + TERMINATE_GRACE + 2.0
+            elif time.monotonic() > patience:  # cold, and the dispatcher does not react
+                self.handle.kill()
         # Only now: what Celery made of the last ends may have asked for callbacks.
         self.handle.close()
         while not self.handle.finished and self.handle.fileno() >= 0:
@@ -188,10 +198,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
         deadline = time.monotonic() + _TAKE_BACK_TIMEOUT
         while not self.handle.has_taken_back(token) and time.monotonic() < deadline:
             self._step(0.05)
+        if not self.handle.has_taken_back(token):
+            for job in list(self._jobs.values()):
+                if not job.pid:
+                    job.abandon()
 
     def _step(self, patience: float) -> None:
         """Waits a little, hears events: here, or from the supervisor thread."""
-        if self._threads and threading.current_thread().name != "mpworker-results" and self.handle.ready:
+        if self._pumped_elsewhere() and self.handle.ready:
             time.sleep(0.005)  # the supervisor thread reads
         else:
             self.handle.wait(patience)
@@ -216,6 +230,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         name, task_id = (str(args[0]), str(args[1])) if len(args) == 6 else ("", "")
         job = Job(self, callbacks, name, task_id)
         self._jobs[job.id] = job
+        self._hooks.begins(task_id)
         try:
             body = pack_call(child.run, (target, *_sendable(args)), {}) if task_id else pack_call(target, args, kwargs)
         except PayloadError as exc:
@@ -228,7 +243,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def terminate_job(self, pid: int, signum: int | None = None) -> None:
         """Ends the job that Celery knows by its process; if that process runs another one by now, nothing happens."""
-        if not self._pumping_here():
+        if not self._pumped_elsewhere():
             self._pump()
         for job in list(self._jobs.values()):
             if job.pid == pid:
@@ -243,9 +258,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:
             self.handle.wait(1.0)
-            self._pump()
+            try:
+                self._pump()
+            except (WorkerShutdown, WorkerTerminate) as exc:  # in this thread nobody would hear it
+                worker_state.should_stop = exc.code or 0
 
-    def _pumping_here(self) -> bool:
+    def _pumped_elsewhere(self) -> bool:
         return self._threads and threading.current_thread().name != "mpworker-results"
 
     def _pump(self) -> None:
@@ -316,7 +334,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         try:
             self._call(job, which, *args, **kwargs)
         finally:
-            self._hooks.settled(job.task_id)
             if self._slots is not None:
                 self._slots.release()
             if self._semaphore is not None:

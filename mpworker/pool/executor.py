@@ -7,6 +7,7 @@ Owns the public face: arguments, limits, life and death of the pool. Never forks
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -82,6 +83,7 @@ class ProcessPool(Executor):
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()
+        self._owner = os.getpid()
         self._core: Results | None = None
         self._closed = False
 
@@ -126,8 +128,9 @@ class ProcessPool(Executor):
 
     def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture:
         core = self._started()
-        if core.slots is not None:
-            core.slots.acquire()
+        in_callback = threading.current_thread() is core.thread
+        if core.slots is not None and not core.slots.acquire(blocking=not in_callback):
+            raise RuntimeError("max_pending is reached, and a callback of a future cannot wait for a task to finish")
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
@@ -137,6 +140,8 @@ class ProcessPool(Executor):
                 core.counts["submitted"] += 1
                 core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks)
                 core.wake()
+                if core.ended:  # meanwhile
+                    core.fail_all()
                 return future
         if core.slots is not None:
             with contextlib.suppress(ValueError):  # the thread has freed all of them already
@@ -160,15 +165,23 @@ class ProcessPool(Executor):
         end = None if timeout is None else monotonic() + timeout
         futures: list[Future[list[T]]] = []
         items = zip(*iterables, strict=False)
-        while chunk := list(islice(items, chunksize)):
-            body = pack_call(partial(_run_chunk, fn), (chunk,), {})
-            size = len(chunk)
-            futures.append(self._send(body, self._soft_timeout * size, self._timeout * size, b"", ""))
+        try:
+            while chunk := list(islice(items, chunksize)):
+                body = pack_call(partial(_run_chunk, fn), (chunk,), {})
+                size = len(chunk)
+                futures.append(self._send(body, self._soft_timeout * size, self._timeout * size, b"", ""))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
         return _results(futures, end)
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
     def _started(self) -> Results:
+        if self._owner != os.getpid():
+            # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
+            self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -187,6 +200,8 @@ class ProcessPool(Executor):
             wait: return only then.
             cancel_futures: cancel what has not started.
         """
+        if self._owner != os.getpid():
+            return  # the pool is our parent's
         with self._lock:
             self._closed = True
             core = self._core
@@ -197,7 +212,7 @@ class ProcessPool(Executor):
                 if job not in core.running:
                     future.cancel()
         core.close()
-        if wait:
+        if wait and threading.current_thread() is not core.thread:
             core.thread.join()
 
     def stats(self) -> dict[str, Any]:

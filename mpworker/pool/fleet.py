@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +158,8 @@ class Crew:
     data: socket.socket
     control: socket.socket
     pid: int = 0
+    #: when it was asked for, by ``time.monotonic()``
+    asked: float = 0.0
     popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
 
@@ -190,6 +193,16 @@ class Fleet:
             self.template.close()
             self.template = None
 
+    def kill_template(self) -> None:
+        """For one that does not react; the end of its line says the rest."""
+        if self.template_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.template_pid, signal.SIGKILL)
+
+    def unborn_since(self) -> float:
+        """When the oldest worker was asked for that has not said who it is; ``inf`` for none."""
+        return min((crew.asked for crew in self.crews.values() if not crew.pid), default=inf)
+
     def spawn(self, worker: int, slot: int, lane: Lane, boot: bytes) -> Crew:
         """Starts a worker, forked from the template if there is one, else in a fresh interpreter.
 
@@ -201,7 +214,7 @@ class Fleet:
         """
         data, their_data = socket.socketpair()
         control, their_control = socket.socketpair()
-        crew = Crew(worker, slot, lane, data, control)
+        crew = Crew(worker, slot, lane, data, control, asked=time.monotonic())
         fds = [their_data.fileno(), their_control.fileno()]
         try:
             if self.template is not None:

@@ -55,8 +55,9 @@ class TaskFuture(Future[Any]):
             self._condition.notify_all()
         self._invoke_callbacks()  # type: ignore[attr-defined]
         self.set_running_or_notify_cancel()
-        self._core.handle.cancel(self.job, signal.SIGTERM)
-        self._core.wake()
+        if self._core.owner == os.getpid():  # not in a fork, whose future this is not
+            self._core.handle.cancel(self.job, signal.SIGTERM)
+            self._core.wake()
         return True
 
     def begin(self) -> None:
@@ -87,6 +88,7 @@ class Results:
         self.counts = dict.fromkeys(COUNTS, 0)
         self.running: set[int] = set()
         self.broken: BootError | None = None
+        self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -122,7 +124,9 @@ class Results:
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
             self.handle.kill()
         finally:
-            self._fail_all(self.broken or BootError("the pool has been shut down"))
+            self.broken = self.broken or BootError("the pool has been shut down")
+            self.ended = True
+            self.fail_all()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
 
@@ -173,9 +177,11 @@ class Results:
         if not succeeded:
             log_hook_failure(f"{name}[{frame.job}]", error)
 
-    def _fail_all(self, error: BaseException) -> None:
+    def fail_all(self) -> None:
+        """The thread has ended: nobody else will settle these."""
+        assert self.broken is not None
         while self.futures:
-            self.futures.popitem()[1].settle(False, error)
+            self.futures.popitem()[1].settle(False, self.broken)
         with contextlib.suppress(ValueError):  # whoever waits for a slot shall hear that there will be none
             while self.slots is not None:
                 self.slots.release()

@@ -100,7 +100,7 @@ class Handle:
         self._closing: Kind | None = None
         self._restarts = 0
         self._size = options.size
-        self._flushed = 0
+        self._flushed = self._flush_asked = 0
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,8 @@ class Handle:
 
     def fileno(self) -> int:
         """Readable when :meth:`drain` has something to tell; -1 when all is over. Changes with :attr:`generation`."""
-        return self._line.fileno() if self._line is not None else -1
+        line = self._line  # another thread may drop it
+        return line.fileno() if line is not None else -1
 
     @property
     def pending(self) -> int:
@@ -294,6 +295,7 @@ class Handle:
         if self.finished:
             return
         yield from self._bury_started()
+        self._flushed = self._flush_asked
         self._restarts += 1
         if self._restarts > _MAX_RESTARTS:
             self.finished = True
@@ -334,8 +336,12 @@ class Handle:
             if call is None:
                 del self._hooked[job]
                 yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
+        taken_back = pack_verdict(JobState.CANCELLED, reason="taken back before it started")
         for job, sent in list(self._sent.items()):
-            if sent.pieces is None:
+            if sent.pieces is not None and self._flushed < self._flush_asked:
+                del self._sent[job]
+                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
+            elif sent.pieces is None:
                 del self._sent[job]
                 body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
                 if sent.hooks:
@@ -367,7 +373,7 @@ class Handle:
         Returns:
             a token for :meth:`has_taken_back`.
         """
-        token = next(self._ids)
+        token = self._flush_asked = next(self._ids)
         self._send(encode(Kind.FLUSH, token))
         return token
 

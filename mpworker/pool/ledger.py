@@ -431,8 +431,11 @@ class Ledger:
             return
         workers = [(book, worker) for book in self._books for worker in list(book.workers.values())]
         for book, worker in workers:
-            if worker.state in (WorkerState.IDLE, WorkerState.STARTING):
+            if worker.state is WorkerState.IDLE:
                 book.retire(worker, now)
+            elif worker.state is WorkerState.STARTING:  # nobody needs it any more
+                worker.state = WorkerState.STOPPING
+                book.kill(worker, now)
         if not workers:
             self.finished = True
             self._tell(Kind.BYE)

@@ -18,6 +18,9 @@ from mpworker.pool.fleet import Fleet
 from mpworker.pool.frames import Frame, FrameReader, Kind, encode
 from mpworker.pool.wire import Wire
 
+#: Seconds that a fork may take until its first word, which comes before any user code.
+FORK_TIMEOUT = 5.0
+
 
 class Owner(Protocol):
     """Who wants to know."""
@@ -46,8 +49,8 @@ class Nursery:
         self._ready_timeout: float = options["ready_timeout"]
         self._wire: Wire | None = None
         self._reader = FrameReader("the template")
-        #: when loading the application has taken too long, by ``time.monotonic()``
-        self.deadline = inf
+        self._loading_until = inf
+        self._ready = False
 
     def open(self) -> None:
         """Starts a template, or takes the one that the parent has forked; without one workers are spawned."""
@@ -61,11 +64,22 @@ class Nursery:
             line.sendall(encode(Kind.BOOT, flag=int(self._method == "auto"), body=self._boot))
         self._reader = FrameReader("the template")
         self._wire = Wire(self._selector, line, self._read)
-        self.deadline = time.monotonic() + self._ready_timeout
+        self._loading_until, self._ready = time.monotonic() + self._ready_timeout, False
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`tick` is due, by ``time.monotonic()``."""
+        return self._fleet.unborn_since() + FORK_TIMEOUT if self._ready else self._loading_until
 
     def tick(self, now: float) -> None:
-        """Gives up on a template that takes too long."""
-        if now >= self.deadline:
+        """Gives up on a template that takes too long to load, or to fork."""
+        if now < self.deadline:
+            return
+        if self._ready:
+            self._owner.log(logging.ERROR, "the template does not react; it is killed")
+            self._ready = False
+            self._fleet.kill_template()
+        else:
             self._fail("the application was not loaded in time (mpworker_ready_timeout)")
 
     def give_up(self) -> None:
@@ -90,7 +104,7 @@ class Nursery:
         if frame.kind is Kind.UNREADY:
             self._fail(frame.body.decode(errors="replace"))
         elif frame.kind is Kind.READY:
-            self.deadline = inf
+            self._loading_until, self._ready = inf, True
             if frame.a > 1 and self._method == "auto":
                 self._owner.log(
                     logging.INFO,
@@ -101,7 +115,7 @@ class Nursery:
             self._owner.begin()
 
     def _on_end(self) -> None:
-        loading = self.deadline < inf
+        loading = self._loading_until < inf
         self._drop()
         if loading:
             self._fail("the process that loads the application died while it did so")
@@ -119,5 +133,5 @@ class Nursery:
         if self._wire is not None:
             self._wire.close()
             self._wire = None
-        self.deadline = inf
+        self._loading_until, self._ready = inf, False
         self._fleet.end_template()

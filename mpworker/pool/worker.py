@@ -175,14 +175,18 @@ class Worker:
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
+        if soft:  # an earlier task may have meddled with its signal
+            signal.signal(signal.SIGUSR1, self._on_soft_limit)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
         self.send(encode(Kind.STARTED, job, a=started))
         self.watchdog.expect(self.alarm())
         flag, body = self._run(frame)
+        if os.getpid() != self._pid:
+            os._exit(0)  # the task forked and its child came back here
         with self.gate:
             self.current = None
             doomed = self.doomed
-        if os.getpid() != self._pid:
-            os._exit(0)  # the task forked and its child came back here
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
         runtime, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
