@@ -18,8 +18,8 @@ from mpworker.pool.fleet import Fleet
 from mpworker.pool.frames import Frame, FrameReader, Kind, encode
 from mpworker.pool.wire import Wire
 
-#: Seconds that a fork may take until its first word, which comes before any user code.
-FORK_TIMEOUT = 5.0
+#: Seconds that a fork may take until its first word, which comes before any user code; half the ready timeout at most.
+FORK_TIMEOUT = 4.0
 
 
 class Owner(Protocol):
@@ -69,7 +69,9 @@ class Nursery:
     @property
     def deadline(self) -> float:
         """When :meth:`tick` is due, by ``time.monotonic()``."""
-        return self._fleet.unborn_since() + FORK_TIMEOUT if self._ready else self._loading_until
+        if self._ready:
+            return self._fleet.unborn_since() + min(FORK_TIMEOUT, self._ready_timeout / 2)
+        return self._loading_until
 
     def tick(self, now: float) -> None:
         """Gives up on a template that takes too long to load, or to fork."""

@@ -178,8 +178,10 @@ def _text(path: Path) -> str:
 
 
 def _close(process: subprocess.Popen[str]) -> None:
+    """Ends the script; what it said is shown if the test has failed."""
+    print(support.table(support.processes()))
     process.kill()
-    process.communicate(timeout=PATIENCE)
+    print(*process.communicate(timeout=PATIENCE))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
