@@ -63,7 +63,7 @@ class Job:
 
     def abandon(self) -> None:
         """The broker has its message again: should it start all the same, it is ended, and Celery hears nothing."""
-        self.callbacks = {}
+        self.callbacks, self.terminated = {}, int(signal.SIGKILL)
         self.pool.handle.cancel(self.id, signal.SIGKILL, KILL_GRACE)
 
     def terminate(self, signum: int, *, echoes: bool = False) -> None:
@@ -296,6 +296,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
+        elif kind is Kind.STARTED and worker_state.should_terminate:
+            job.abandon()  # a cold shutdown has cancelled what it knew to run; this one it did not know yet
         elif kind is Kind.STARTED:
             job.pid = int(frame.b)
             self._call(job, "accept_callback", job.pid, frame.a)
