@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -37,11 +38,30 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     """Names the module whose processes outlive it, and ends them."""
-    before = set(support.processes())
+    before, hung = set(support.processes()), len(_hung)
     yield
+    if _hung[hung:]:
+        pytest.fail(f"hung, and went on only because processes were killed: {', '.join(_hung[hung:])}", pytrace=False)
     left = _leftovers(before)
     if left:
         pytest.fail(f"{request.node.name} left processes behind:\n{support.table(left)}", pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logging_stays() -> Iterator[None]:
+    """A worker that runs inside a test process sets up logging for ever; the next module's ``caplog`` would be deaf."""
+
+    def everybody() -> list[logging.Logger]:
+        found = list(logging.root.manager.loggerDict.values())
+        return [logging.root, *(logger for logger in found if isinstance(logger, logging.Logger))]
+
+    before = {logger: (list(logger.handlers), logger.level, logger.propagate) for logger in everybody()}
+    yield
+    logging.disable(logging.NOTSET)
+    for logger in everybody():
+        handlers, level, propagate = before.get(logger, ([], logging.NOTSET, True))
+        logger.handlers[:], logger.propagate, logger.disabled = handlers, propagate, False
+        logger.setLevel(level)
 
 
 def _leftovers(before: set[int]) -> dict[int, support.Process]:
@@ -62,6 +82,8 @@ def _leftovers(before: set[int]) -> dict[int, support.Process]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """The last look, also after an interrupt or a failure in a fixture."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # this process only hands out tests; what is below it is pytest's own
     _leftovers(set())
     if _left:
         sys.stderr.write(f"\nprocesses that outlived the tests that started them:\n{support.table(_left)}\n")

@@ -25,7 +25,17 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 #: Marks every process of this run. Not ``MPWORKER_…``: a node warns of variables that no setting reads.
 MARK = "_MPWORKER_TEST_RUN"
-RUN = os.environ.setdefault(MARK, uuid.uuid4().hex)
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if not os.environ.get(MARK, "").endswith(f"-{_WORKER}"):  # each of several test processes has marks of its own
+    os.environ[MARK] = f"{uuid.uuid4().hex}-{_WORKER}"
+RUN = os.environ[MARK]
+
+
+def new_mark() -> str:
+    """For a script whose processes shall be told from all others; in a form that its own import of this file keeps."""
+    return f"{uuid.uuid4().hex}-{_WORKER}"
+
+
 #: Seconds that anything may take on a machine that is busy with something else.
 PATIENCE = 30.0
 #: Seconds by which a limit may be late on such a machine; the design's own promise is 1 s.

@@ -204,7 +204,7 @@ class Ledger:
         for worker in list(self._tasks.workers.values()):
             for job in worker.jobs:
                 job.verdict = job.verdict or (JobState.CANCELLED, _STOPPED)
-            self._tasks.kill(worker, now)
+            self._end_worker(self._tasks, worker, now)
 
     # -- what workers report -------------------------------------------------------------------------------------
 
@@ -434,12 +434,17 @@ class Ledger:
             if worker.state is WorkerState.IDLE:
                 book.retire(worker, now)
             elif worker.state is WorkerState.STARTING:  # nobody needs it any more
-                worker.state = WorkerState.STOPPING
-                book.kill(worker, now)
+                self._end_worker(book, worker, now)
         if not workers:
             self.finished = True
             self._tell(Kind.BYE)
             self._out.append(f.Finish())
+
+    @staticmethod
+    def _end_worker(book: LaneBook, worker: Worker, now: float) -> None:
+        if worker.state is WorkerState.STARTING:
+            worker.state = WorkerState.STOPPING  # that it was never ready is no failure of its
+        book.kill(worker, now)
 
     def _break(self, why: str) -> None:
         """The pool cannot go on; the parent fails what it still holds."""

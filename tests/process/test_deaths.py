@@ -180,6 +180,18 @@ def test_killing_the_template_costs_nothing(method: str) -> None:
         assert workers[0] not in full(pool)
 
 
+def test_a_template_that_hangs_is_replaced() -> None:
+    with ProcessPool(SIZE) as pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+        workers = full(pool)
+        (template,) = set(support.children_of(pool.stats()["dispatcher"])) - set(workers)
+        os.kill(template, signal.SIGSTOP)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert pool.submit(support.give, 2).result(PATIENCE) == 2
+        assert not support.alive(template)
+
+
 def test_killing_the_callback_process_costs_the_running_callback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

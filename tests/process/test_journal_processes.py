@@ -20,7 +20,7 @@ from mpworker.results.query import ResultStore
 from mpworker.results.reader import Tally, read_entries
 from mpworker.results.record import Record
 
-WRITERS, EACH = 8, 2000
+WRITERS, EACH = 8, 500
 SECONDS = 100.0
 
 
@@ -42,7 +42,7 @@ def _write(folder: str, writer: int, barrier: Barrier) -> None:
 def _add(folder: str, writer: int, barrier: Barrier) -> None:
     store = ResultStore(folder)
     barrier.wait(SECONDS)
-    for number in range(200):
+    for number in range(100):
         store.add_result(f"{writer}-{number}", "completed" if number % 4 else "failed", "m", {"n": number})
 
 
@@ -78,7 +78,7 @@ def test_eight_writers_lose_nothing_and_mark_only_their_own(tmp_path: Path) -> N
 def test_eight_stores_add_at_once(tmp_path: Path) -> None:
     _run(_add, tmp_path, "spawn", WRITERS)
     stats = ResultStore(tmp_path).get_statistics()
-    assert (stats["total_tasks"], stats["torn_lines"]) == (WRITERS * 200, 0)
+    assert (stats["total_tasks"], stats["torn_lines"]) == (WRITERS * 100, 0)
     assert stats["failed"] == WRITERS * 50
     assert stats["success_rate"] == 75.0
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import operator
 import os
+import random
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, as_completed, wait
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -220,6 +223,85 @@ def test_max_pending_makes_submit_wait(tmp_path: Path) -> None:
         assert third == [3]
         assert first.result(0) > 0
         assert second.result(PATIENCE) == 2
+
+
+def test_max_pending_counts_a_task_until_its_callback_has_run(tmp_path: Path) -> None:
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    with ProcessPool(1, max_pending=1) as pool:
+        first = pool.schedule(support.give, (1,), callback=partial(_hold_up, here, go))
+        here.wait()
+        assert first.result(PATIENCE) == 1
+        thread = threading.Thread(target=pool.submit, args=(support.give, 2))
+        thread.start()
+        thread.join(0.3)
+        assert pool.stats()["submitted"] == 1
+        go.set()
+        thread.join(PATIENCE)
+        assert pool.stats()["submitted"] == 2
+
+
+def _hold_up(here: Signpost, go: Signpost, value: object) -> None:
+    support.meet(here, go)
+
+
+def test_a_done_callback_may_submit_although_the_pool_is_full() -> None:
+    """It runs in the thread that alone makes room: waiting there would be for ever."""
+    later: list[object] = []
+    both = threading.Event()
+
+    def submit_two(_: object) -> None:
+        later.extend(pool.submit(support.give, number) for number in range(2))
+        both.set()
+
+    with ProcessPool(1, max_pending=1) as pool:
+        pool.submit(time.sleep, 0.2).add_done_callback(submit_two)
+        assert both.wait(PATIENCE)
+    assert [future.result(0) for future in later] == [0, 1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_task_waits_behind_a_long_one_while_a_worker_is_idle(pool: ProcessPool, seed: int) -> None:
+    """Tiny tasks travel in batches; those behind a task that turns out long are handed back, read or not."""
+    luck, futures = random.Random(seed), []
+    place = luck.randrange(1000, 2500)
+    for number in range(3000):
+        if number == place:
+            long = pool.submit(support.sleep, 2 + support.SLACK)
+        futures.append(pool.submit(support.give, number))
+    wait(futures, PATIENCE)
+    assert not long.done(), "the last tiny task ended behind the long one"
+    long.cancel()
+
+
+def _in_a_fork(function: Callable[[], object], folder: Path) -> str:
+    """Runs a function in a fork of this process and returns the repr of what came of it."""
+    pid = os.fork()
+    if not pid:
+        try:
+            outcome = repr(function())
+        except BaseException as exc:
+            outcome = type(exc).__name__
+        Signpost(folder / "outcome").set(outcome)
+        os._exit(0)
+    text = Signpost(folder / "outcome").wait()
+    os.waitpid(pid, 0)
+    return text
+
+
+def test_a_pool_inherited_through_fork_is_not_its_parents(tmp_path: Path) -> None:
+    with ProcessPool(1) as pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+        def child() -> object:
+            try:
+                return pool.submit(support.give, "the child's secret").result(PATIENCE)
+            finally:
+                pool.shutdown()
+
+        outcome = _in_a_fork(child, tmp_path)
+        assert outcome in (repr("the child's secret"), "RuntimeError")
+        for number in range(20):
+            assert pool.submit(support.give, number).result(PATIENCE) == number
 
 
 def test_stats_count(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import subprocess
-import uuid
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import partial
@@ -144,7 +143,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_interpreters_exit_finishes_what_is_pending(method: str, tmp_path: Path) -> None:
-    mark = uuid.uuid4().hex
+    mark = support.new_mark()
     ended = support.run_script(SCRIPT, tmp_path, method, "exit", **{MARK: mark})
     assert (ended.code, ended.out, ended.err) == (3, "", "")
     assert sorted(support.lines(tmp_path / "ran"), key=int) == [str(number) for number in range(20)]
@@ -155,17 +154,19 @@ def test_the_interpreters_exit_finishes_what_is_pending(method: str, tmp_path: P
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", ["alone", "forked"])
 def test_sigkill_of_the_parent_leaves_no_process(method: str, how: str, tmp_path: Path) -> None:
-    mark = uuid.uuid4().hex
+    mark = support.new_mark()
     process = support.start_script(SCRIPT, tmp_path, method, how, **{MARK: mark})
     fork = 0
     try:
         Signpost(tmp_path / "here").wait()
         if how == "forked":
             fork = int(wait_until(lambda: _text(tmp_path / "fork"), what="the fork"))
-        assert len(support.processes(mark)) >= 4
+        seen = support.processes(mark)
+        assert len(seen) >= 4
         process.kill()
         process.wait(PATIENCE)
         wait_until(lambda: not support.processes(mark).keys() - {fork}, 2.0, "everything ends with its parent")
+        assert not any(map(support.alive, seen.keys() - {fork}))
         assert not fork or support.alive(fork)
     finally:
         if fork:
@@ -186,7 +187,7 @@ def _close(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ctrl_c_and_sigterm_leave_nothing(number: int, tmp_path: Path) -> None:
-    mark = uuid.uuid4().hex
+    mark = support.new_mark()
     process = support.start_script(SCRIPT, tmp_path, "auto", "alone", **{MARK: mark})
     try:
         Signpost(tmp_path / "here").wait()

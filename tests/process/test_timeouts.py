@@ -159,6 +159,23 @@ def test_a_soft_limit_never_reaches_the_next_task(pool: ProcessPool) -> None:
     assert [future.result(PATIENCE) for future in futures[1::2]] == [1] * 60
 
 
+def tamper(how: str) -> None:
+    if how == "default":
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    elif how == "ignore":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    else:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+@pytest.mark.parametrize("how", ["default", "ignore", "block"])
+def test_a_task_cannot_disarm_the_soft_limit_of_the_next(how: str) -> None:
+    with ProcessPool(1, **READY) as pool:  # type: ignore[arg-type]
+        assert pool.submit(tamper, how).result(PATIENCE) is None
+        error = pool.schedule(support.sleep, (5,), soft_timeout=0.2).exception(PATIENCE)
+        assert isinstance(error, SoftTimeLimitExceeded)
+
+
 def test_a_hard_limit_that_meets_the_end_of_the_task_gives_one_outcome(pool: ProcessPool) -> None:
     futures = [pool.schedule(time.sleep, (0.02,), timeout=0.02) for _ in range(20)]
     after = [pool.submit(support.give, number) for number in range(20)]

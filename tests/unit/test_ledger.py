@@ -373,6 +373,72 @@ def test_a_job_that_ended_while_it_waited_keeps_no_draining_pool_alive(hooks: by
     assert world.hook_ends == (dict.fromkeys(range(1, 6), 1) if hooks else {})
 
 
+@pytest.mark.parametrize("ready", [0, 1])
+def test_stopping_while_workers_start_is_no_boot_failure(ready: int) -> None:
+    world = World(7)
+    for worker in range(ready):
+        world.get_ready(worker)
+    world.submit(1, hooks=b"hooks")
+    world.tell(f.Stopping())
+    world.settle()
+    assert world.frames[-1].kind is Kind.BYE
+    assert world.ends == world.hook_ends == {1: 1}
+
+
+def test_fewer_workers_are_fewer_workers() -> None:
+    """The busy ones have the high slots, so the low ones leave; nobody may come in their place."""
+    world = World(4)
+    for worker in range(4):
+        world.get_ready(worker)
+    world.submit(1)
+    world.submit(2)
+    for worker in [key for key, played in world.workers.items() if played.inbox]:
+        world.begin(worker)
+    world.tell(f.Resized(2))
+    for _ in range(5):
+        for worker in [key for key, played in world.workers.items() if played.running is None]:
+            world.step(worker)
+    assert len(world.workers) == 2
+    world.size = 4
+    world.tell(f.Resized(4))
+    assert len(world.workers) == 4
+
+
+def test_a_job_that_is_submitted_twice_runs_once(world: World) -> None:
+    world.submit(7)
+    world.submit(7)
+    world.begin(0)
+    world.submit(7)
+    world.end(0)
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+    assert not world.workers[0].inbox
+
+
+@pytest.mark.parametrize("lane", [Lane.TASKS, Lane.HOOKS])
+def test_replacements_that_cannot_start_do_not_end_a_pool_that_works(lane: Lane) -> None:
+    world = World(2)
+    world.get_ready(0)
+    if lane is Lane.HOOKS:
+        world.get_ready(1)
+        world.submit(9, hooks=b"hooks")
+        world.step(next(key for key, played in world.workers.items() if played.inbox))
+        world.step(next(key for key, played in world.workers.items() if played.running))
+    world.submit(7)
+    (busy,) = [key for key, played in world.workers.items() if played.inbox]
+    world.begin(busy)
+    tries = 0
+    while world.now < 1100.0:
+        for starting in [key for key, played in world.workers.items() if not played.ready]:
+            world.exit(starting, None, None)
+            tries += 1
+        world.now = max(world.now + 0.1, min(world.ledger.next_deadline(), world.now + 1.0))
+        world.tell(f.Ticked())
+    assert 5 < tries < 60, "it goes on trying, and not too often"
+    world.end(busy)
+    assert world.kinds(7) == [Kind.STARTED, Kind.DONE]
+    assert lane is Lane.TASKS or world.hook_ends == {9: 1}
+
+
 def open_rule(**strategies: Any) -> Any:
     """A rule for as long as there is a pool."""
 

@@ -1,0 +1,179 @@
+"""The journal before Redis, on a running node: what is in it, also for tasks whose process did not live to tell."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+
+import pytest
+from integration.node import PATIENCE, ask, eventually, running
+
+from mpworker import ResultStore
+
+FIELDS = {
+    "task_id", "name", "status", "message", "result", "traceback", "timestamp", "runtime", "process_id", "hostname",
+    "retries", "key", "payload", "expires",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    config = {"task_track_started": True, "result_expires": 3600}
+    with running(tmp_path_factory.mktemp("shop"), "-c", "2", config=config) as (server, node, client):
+        yield server, node, client
+
+
+def send(shop, name, *args, **options):
+    return shop[2].send_task(f"shop.tasks.{name}", args=args, **options)
+
+
+def journal(node):
+    """Every line, as JSON: none may be torn."""
+    return [
+        json.loads(line) for path in sorted(node.journal.rglob("*.jsonl")) for line in path.read_bytes().splitlines()
+    ]
+
+
+def lines_of(node, result):
+    return [line for line in journal(node) if line["task_id"] == result.id]
+
+
+def ended(result):
+    eventually(lambda: result.state in ("SUCCESS", "FAILURE", "REVOKED"))
+
+
+def test_one_line_for_each_change_of_state(shop):
+    server, node, _ = shop
+    result = send(shop, "flaky", 1)
+    assert result.get(timeout=PATIENCE) == 1
+    # Redis tells its subscribers before the writer can mark the line.
+    eventually(lambda: lines_of(node, result)[-1]["shipped"])
+    lines = lines_of(node, result)
+    assert [line["status"] for line in lines] == ["STARTED", "RETRY", "STARTED", "SUCCESS"]
+    for line in lines:
+        assert set(line) >= FIELDS
+        assert line["shipped"] == 1
+        assert (line["name"], line["hostname"]) == ("shop.tasks.flaky", node.name)
+        assert line["process_id"] in node.pids("mpworker: worker")
+        assert datetime.fromisoformat(line["timestamp"]).utcoffset().total_seconds() == 0
+        assert line["expires"] == 3600
+    last = lines[-1]
+    assert (last["result"], last["retries"], last["traceback"]) == (1, 1, None)
+    assert 0 <= last["runtime"] < 30
+    assert server.client().get(last["key"]) == last["payload"]
+    assert "OSError: try 0" in lines[1]["message"]
+
+
+def test_the_files_are_private(shop):
+    _, node, _ = shop
+    send(shop, "add", 1, 1).get(timeout=PATIENCE)
+    assert node.journal.stat().st_mode & 0o077 == 0
+    for path in node.journal.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_failure(shop):
+    _, node, _ = shop
+    result = send(shop, "fail", "no tea")
+    ended(result)
+    last = lines_of(node, result)[-1]
+    assert (last["status"], last["message"]) == ("FAILURE", "ValueError: no tea")
+    assert "raise ValueError(text)" in last["traceback"]
+
+
+def test_a_hard_limit_is_in_the_journal(shop):
+    _, node, _ = shop
+    result = send(shop, "nap", 60, time_limit=0.5)
+    ended(result)
+    last = lines_of(node, result)[-1]
+    assert (last["status"], last["name"], last["hostname"]) == ("FAILURE", "shop.tasks.nap", node.name)
+    assert "TimeLimitExceeded" in last["message"]
+    assert last["process_id"] == node.pid  # who wrote it: the main process
+    eventually(lambda: lines_of(node, result)[-1]["shipped"] == 1)
+
+
+def test_a_lost_worker_is_in_the_journal(shop):
+    _, node, _ = shop
+    result = send(shop, "die", "kill")
+    ended(result)
+    last = lines_of(node, result)[-1]
+    assert (last["status"], last["process_id"]) == ("FAILURE", node.pid)
+    assert "SIGKILL" in last["message"]
+
+
+def test_a_revoked_task_is_in_the_journal(shop):
+    _, node, client = shop
+    result = send(shop, "nap", 60, "to be revoked")
+    node.notes.wait("nap", name="to be revoked")
+    client.control.revoke(result.id, terminate=True, reply=True, timeout=PATIENCE, limit=1)
+    ended(result)
+    assert lines_of(node, result)[-1]["status"] == "REVOKED"
+
+
+def test_the_store_counts_what_the_journal_holds(shop):
+    _, node, _ = shop
+    before = ResultStore(node.journal).get_statistics()
+    good = [send(shop, "add", n, n) for n in range(8)]
+    bad = [send(shop, "fail", "counted") for _ in range(2)]
+    for result in good + bad:
+        ended(result)
+    store = ResultStore(node.journal)
+    after = store.get_statistics()
+    assert after["total_tasks"] - before["total_tasks"] == 10
+    assert after["completed"] - before["completed"] == 8
+    assert after["failed"] - before["failed"] == 2
+    assert after["success_rate"] == pytest.approx(
+        100 * after["completed"] / (after["completed"] + after["failed"]), abs=0.1
+    ) or (
+        after["success_rate"] == pytest.approx(after["completed"] / (after["completed"] + after["failed"]), abs=0.001)
+    )
+    assert {record["task_id"] for record in store.get_results_by_status("FAILURE")} >= {result.id for result in bad}
+    assert {record["task_id"] for record in store.query(status="SUCCESS", name="shop.tasks.add")} >= {
+        r.id for r in good
+    }
+
+
+def test_redis_killed_in_the_middle(tmp_path):
+    """The results' server dies while tasks run; their broker lives."""
+    from integration.node import Server
+
+    with Server() as results:
+        env = {"SHOP_RESULTS": results.results}
+        with running(tmp_path, "-c", "2", env=env) as (_, node, client):
+            held = [client.send_task("shop.tasks.hold", args=(f"gate-{n}",)) for n in range(2)]
+            for n in range(2):
+                node.notes.wait("hold", name=f"gate-{n}")
+            waiting = [client.send_task("shop.tasks.add", args=(n, n)) for n in range(10)]
+            results.kill()
+            for n in range(2):
+                (node.folder / f"gate-{n}").touch()
+            ids = {result.id for result in held + waiting}
+            eventually(lambda: ids <= {line["task_id"] for line in journal(node)})
+            node.await_log("marked as not shipped")
+            lines = [line for line in journal(node) if line["task_id"] in ids]
+            assert {line["status"] for line in lines} == {"SUCCESS"}
+            assert {line["shipped"] for line in lines} == {0}
+            eventually(lambda: len(node.notes.read("success")) == 12)
+            assert ask(client, node, "stats")["total"]["shop.tasks.add"] == 10
+            results.start()
+            eventually(lambda: shipped_again(client, node), what="later results are shipped")
+            assert ResultStore(node.journal).get_statistics()["failed"] == 0
+
+
+def shipped_again(client, node):
+    result = client.send_task("shop.tasks.add", args=(1, 1))
+    eventually(lambda: lines_of(node, result))
+    return lines_of(node, result)[-1]["shipped"] == 1
+
+
+def test_lines_of_many_processes_stay_whole(shop):
+    _, node, _ = shop
+    results = [send(shop, "big", 50_000 + n) for n in range(30)]
+    for result in results:
+        ended(result)
+    found = {
+        line["task_id"]: len(line["result"])
+        for line in journal(node)
+        if line["name"] == "shop.tasks.big" and line["result"]
+    }
+    assert [found[result.id] for result in results] == [50_000 + n for n in range(30)]
