@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import support
+from hypothesis import settings
 
 import mpworker
 
@@ -25,7 +26,11 @@ _stderr = os.dup(2)  # the real one, before pytest captures it
 
 
 def pytest_configure() -> None:
-    """With ``_MPWORKER_TEST_PREFIX`` the package that is installed there must be the one that is tested."""
+    """No example has a deadline of its own: a machine may be busy.
+
+    With ``_MPWORKER_TEST_PREFIX`` the package that is installed there must be the one that is tested."""
+    settings.register_profile("suite", max_examples=60, deadline=None)
+    settings.load_profile("suite")
     here, prefix = mpworker.__file__, os.environ.get("_MPWORKER_TEST_PREFIX")
     if prefix and not Path(here).is_relative_to(prefix):
         raise pytest.UsageError(f"the tests would run against {here}, which is not installed in {prefix}")

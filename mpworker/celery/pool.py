@@ -168,6 +168,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.flush()
         patience = time.monotonic() + TERMINATE_GRACE + 2.0
         while self._jobs and self.handle.fileno() >= 0:
+            self._cancel_stragglers()
             self._step(0.2)
             self._loop.keep_alive()
             if not all(job.terminated for job in self._jobs.values()):
@@ -182,6 +183,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._pump()
         self._loop.keep_alive()
         self._disconnect()
+
+    def _cancel_stragglers(self) -> None:
+        """In a cold shutdown: what had been accepted only after Celery had looked for what to cancel."""
+        if not worker_state.should_terminate:
+            return
+        overlooked = {job.task_id for job in self._jobs.values() if job.pid and not job.terminated}
+        for request in tuple(worker_state.active_requests):
+            if request.id in overlooked:
+                request.cancel(self, emit_retry=not request.task.acks_late)
 
     def on_terminate(self) -> None:
         """Cold: ends everything at once."""

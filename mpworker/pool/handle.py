@@ -146,11 +146,11 @@ class Handle:
     def kill(self) -> None:
         """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it, a few seconds."""
         self.finished = True
-        if self._line is not None:
+        line, self._line = self._line, None  # at once: another thread may be at it
+        if line is not None:
             with contextlib.suppress(OSError):
-                self._line.shutdown(socket.SHUT_RDWR)  # a fork of ours may hold it too
-            self._line.close()
-            self._line = None
+                line.shutdown(socket.SHUT_RDWR)  # a fork of ours may hold it too
+            line.close()
         if self._process is not None:
             try:
                 self._process.wait(_KILL_TIMEOUT)
@@ -287,9 +287,9 @@ class Handle:
 
     def _lost_dispatcher(self) -> Iterator[Frame]:
         """The line has ended: after BYE or BROKEN as expected, else the dispatcher died and is replaced."""
-        if self._line is not None:
-            self._line.close()
-            self._line = None
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
         code = self._process.wait()
         self.workers = []
         if self.finished:

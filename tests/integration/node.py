@@ -177,8 +177,6 @@ class Node:
             os.close(log)
 
     def await_ready(self) -> None:
-        assert self.process is not None
-
         def ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"the worker ended with {self.process.returncode}:\n{self.log()}"
