@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -145,7 +145,7 @@ class World:
 
     def settle(self) -> None:
         """Lets everybody work until nothing moves any more."""
-        for _ in range(300):
+        for _ in range(10_000):
             before = len(self.frames), {key: vars(worker).copy() for key, worker in self.workers.items()}
             for worker in list(self.workers):
                 self.step(worker)
@@ -587,4 +587,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+# Not shrunk: that may take minutes, and a run of forty steps can be read.
+TestPool.settings = settings(
+    max_examples=80, stateful_step_count=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
