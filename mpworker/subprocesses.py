@@ -38,17 +38,18 @@ class Interrupts:
     def __init__(self) -> None:
         self.pending = 0
         self._held = False
-        self._before: dict[int, object] = {}
+        self._taken: list[int] = []
 
     def __enter__(self) -> Interrupts:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or the shell's `&`
-                self._before[number] = signal.signal(number, self._on_signal)
+                signal.signal(number, self._on_signal)
+                self._taken.append(number)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        for number in self._taken:  # everything has ended: one more Ctrl-C has nothing left to stop
+            signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.pending += 1

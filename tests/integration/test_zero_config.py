@@ -126,7 +126,8 @@ def call(folder, **changes):
 def test_a_worker_in_an_empty_folder_and_a_client_elsewhere(folder, start, tmp_path):
     node = start(MPWORKER_INCLUDE="example")
     node.await_text(" ready.")
-    assert (data_of(folder) / "valkey.sock").is_socket()
+    url = embedded.broker_url(data_of(folder))  # in a folder of its own where this one's path is too long
+    assert Path(url.partition("://")[2]).is_socket()
     (folder / "elsewhere").mkdir()
     called = subprocess.run(
         [sys.executable, "-c", CALL], cwd=folder / "elsewhere", env=environment(folder), capture_output=True, text=True

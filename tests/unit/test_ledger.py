@@ -58,7 +58,8 @@ class World:
     def _spawn(self, action: f.Spawn) -> None:
         assert action.worker not in self.workers
         assert not self.finished
-        slots = {worker.slot for worker in self.workers.values() if worker.lane == action.lane}
+        # One that not even SIGKILL ends is given up, and its slot with it.
+        slots = {w.slot for w in self.workers.values() if w.lane == action.lane and w.killed < 2}
         assert action.slot not in slots, "two workers share a slot"
         assert action.slot < (self.size if action.lane is Lane.TASKS else 1), "more workers than asked for"
         self.workers[action.worker] = Played(action.slot, action.lane)
