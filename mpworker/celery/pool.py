@@ -27,6 +27,7 @@ from celery.worker import state as worker_state
 
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
+from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
@@ -144,6 +145,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             SystemExit: the workers cannot start; the reason has been logged.
         """
         child.keep_logs_whole()
+        make_closable(self.app)
         self._hooks.connect()
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
