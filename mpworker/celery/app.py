@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from celery import Celery, signals
 from celery.loaders.app import AppLoader
+from kombu.exceptions import OperationalError
 
 from mpworker import embedded
 from mpworker.errors import ConfigurationError
@@ -158,6 +159,21 @@ class DefaultApp(Celery):  # type: ignore[misc]
     @cached_property
     def Worker(self) -> Any:
         return self.subclass_with_self("mpworker.celery.steps:Worker")
+
+    def send_task(self, *args: Any, **kwargs: Any) -> Any:
+        """As Celery's.
+
+        Raises:
+            OperationalError: the message cannot be sent; without a node there is no bundled server to take it.
+        """
+        try:
+            return super().send_task(*args, **kwargs)
+        except (RuntimeError, OperationalError) as exc:  # the first is the result backend's word for it
+            if not uses_embedded(self) or (path := embedded.socket_path(settings_of(self).data_dir)).exists():
+                raise
+            raise OperationalError(
+                f"no node is running here (there is no {path}): start `celery -A mpworker worker`"
+            ) from exc
 
 
 def _complete_default(sender: Celery, **_: Any) -> None:

@@ -154,7 +154,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             raise ConfigurationError(f"result backend URL {shown}: {reason}") from exc
         self._outages = (redis_errors.RedisError, OSError, *self.connection_errors)
         self._named = _named_journal(self.app)
-        self._redis_warnings, self._journal_warnings = _Warnings(), _Warnings()
+        self._redis_warnings, self._journal_warnings, self._chord_warnings = _Warnings(), _Warnings(), _Warnings()
         self._left_alone_until = 0.0
         self._unshipped = 0
         #: one script decides; False where payloads are no JSON or the server refuses scripts
@@ -201,7 +201,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         except self._outages as exc:
             if (_node_journal or self._named) is None:
                 raise
-            self._redis_warnings.warn(
+            self._chord_warnings.warn(
                 "task %s is in the journal, but could not be counted as a part of chord %s, because of Redis: %s",
                 *(request.id, request.group, describe(exc)),
             )

@@ -10,7 +10,9 @@ transport) one supervisor thread does the same.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -119,6 +121,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
         forked = settings.start_method == "fork"
         if forked:
             child.adopt(app)
+        elif spec.place is None and (names := child.local_tasks(app)):
+            logger.error(
+                "worker processes will not know %s: the app is in no module that they could import; "
+                "define it at the top level of one, or set mpworker_start_method to fork",
+                ", ".join(names),
+            )
+        if spec.in_main and (script := getattr(sys.modules["__main__"], "__file__", None)):
+            # Where Celery looks, so that the script's tasks are named in the children as they are here.
+            os.environ["MP_MAIN_FILE"] = os.path.abspath(script)
         return handles.make(
             handles.PoolOptions(
                 size=self.limit,
@@ -129,7 +140,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
                 label=f" ({hostname})" if hostname else "",
             ),
-            preload=None if forked else (child.load, (spec,)),
+            preload=(child.load, (spec,)),
             initializer=(child.initialize, (hostname, str(app.conf.result_backend or "").startswith("mpworker+"))),
             finalizer=(child.finish, (0,)),
             soft_error=child.soft_limit_error,

@@ -52,9 +52,6 @@ class Dispatcher:
 
     def __init__(self, parent: socket.socket, boot: Frame, fleet: Fleet, can_adopt: bool) -> None:
         options = json.loads(boot.extra)
-        if not can_adopt and options["start_method"] != "spawn":
-            options["start_method"] = "spawn"
-            fleet.end_template()
         self._boot = boot
         self._fleet = fleet
         self._ledger = Ledger(
@@ -69,6 +66,11 @@ class Dispatcher:
         self._parent = Wire(self._selector, parent, self._read_parent)
         self._parent_reader = FrameReader("the parent")
         self._parent_pid = os.getppid()
+        if not can_adopt and options["start_method"] != "spawn":
+            level = logging.WARNING if options["start_method"] == "fork" else logging.INFO  # memory is not inherited
+            self.log(level, "start method spawn: here a process cannot adopt the orphans that a template makes")
+            options["start_method"] = "spawn"
+            fleet.end_template()
         self._wires: dict[int, tuple[Crew, Wire, Outbox, FrameReader]] = {}
         self._nursery = Nursery(self._selector, fleet, options, boot.body, self)
         self._touched: set[int] = set()

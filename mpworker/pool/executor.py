@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -149,32 +150,45 @@ class ProcessPool(Executor):
         raise core.broken or RuntimeError("cannot schedule new futures after shutdown")
 
     def map(
-        self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
     ) -> Iterator[T]:
         """Like ``map(fn, *iterables)``; results come in order.
 
         Args:
             timeout: seconds that all results together may take, from this call on.
             chunksize: items that travel as one task; the pool's limits are multiplied by it.
+            buffersize: so many tasks are ahead of the results that were taken; the iterables are read accordingly.
+                Default: all at once.
 
         Raises:
             TimeoutError: from the iterator; what is left is cancelled.
         """
         if chunksize < 1:
             raise ConfigurationError("chunksize must be at least 1")
+        ahead = _count("buffersize", buffersize) or None
         end = None if timeout is None else monotonic() + timeout
-        futures: list[Future[list[T]]] = []
-        items = zip(*iterables, strict=False)
+        sent = self._send_chunks(fn, zip(*iterables, strict=False), chunksize)
+        futures: deque[Future[list[T]]] = deque()
         try:
-            while chunk := list(islice(items, chunksize)):
-                body = pack_call(partial(_run_chunk, fn), (chunk,), {})
-                size = len(chunk)
-                futures.append(self._send(body, self._soft_timeout * size, self._timeout * size, b"", ""))
+            for future in islice(sent, ahead):
+                futures.append(future)
         except BaseException:
-            for future in futures:
-                future.cancel()
+            _cancel(futures)
             raise
-        return _results(futures, end)
+        return _results(futures, sent, end)
+
+    def _send_chunks(
+        self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int
+    ) -> Iterator[Future[list[T]]]:
+        while chunk := list(islice(items, chunksize)):
+            body = pack_call(partial(_run_chunk, fn), (chunk,), {})
+            size = len(chunk)
+            yield self._send(body, self._soft_timeout * size, self._timeout * size, b"", "")
 
     # -- the pool ------------------------------------------------------------------------------------------------
 
@@ -255,11 +269,16 @@ def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
     return [fn(*args) for args in chunk]
 
 
-def _results(futures: list[Future[list[T]]], end: float | None) -> Iterator[T]:
-    futures.reverse()
+def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], end: float | None) -> Iterator[T]:
     try:
         while futures:
-            yield from futures.pop().result(None if end is None else end - monotonic())
+            results = futures.popleft().result(None if end is None else end - monotonic())
+            futures.extend(islice(rest, 1))
+            yield from results
     finally:
-        for future in futures:
-            future.cancel()
+        _cancel(futures)
+
+
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()

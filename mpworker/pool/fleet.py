@@ -46,12 +46,20 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, *flags, "-P", "-c", _RUN, f"mpworker.pool.{module}", _PACKAGE_HOME, *arguments, PADDING]
 
 
+def _fill_streams() -> None:
+    """Opens what is closed of 0, 1 and 2: a line with such a number would be printed into."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a dispatcher in a clean interpreter and a session of its own. Safe in a process with threads.
 
     Returns:
         the process, and the parent's end of the line to it (non-blocking).
     """
+    _fill_streams()
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -70,6 +78,7 @@ def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
     The forked child forks the template and then becomes the dispatcher by ``exec``, so that the template, which has
     our memory, is the dispatcher's child.
     """
+    _fill_streams()
     ours, theirs = socket.socketpair()
     line, template_end = socket.socketpair()
     flush_streams()

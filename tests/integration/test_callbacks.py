@@ -201,3 +201,5 @@ def test_shutdown_waits_for_callbacks(tmp_path):
         assert node.stop() == 0
         assert {note["of"] for note in node.notes.read("callback")} == {f"last {n}" for n in range(10)}
         node.await_gone()
+        begun, gone = ([note["role"] for note in node.notes.read(f"process_{what}")] for what in ("init", "shutdown"))
+        assert sorted(begun) == sorted(gone) == ["callbacks", "worker-0"]

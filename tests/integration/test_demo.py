@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mpworker.subprocesses import Interrupts
+
 GOOD = "import os\n\nclass A:\n    def f(self):\n        for x in []:\n            if x:\n                pass\n"
 WORKING = rb"succeeded [1-9]"
 NODE = "from mpworker.cli import main; main()"
@@ -152,7 +154,6 @@ def interrupted(data, pattern, signals, pause=0.0):
     [
         (b"starting 2 worker processes", [signal.SIGINT]),
         (b"files: 0 %", [signal.SIGINT]),
-        (WORKING, [signal.SIGINT]),
         (WORKING, [signal.SIGTERM]),
     ],
 )
@@ -175,6 +176,23 @@ def test_a_killed_demo_leaves_nothing_either(data):
     code, _ = interrupted(data, WORKING, [signal.SIGKILL])
     assert code == -signal.SIGKILL
     assert until(lambda: not processes_of(data), 20.0), processes_of(data)
+
+
+def test_signals_that_the_shell_has_ignored_stay_ignored():
+    """``nohup`` says so for SIGHUP, ``&`` in a script for SIGINT."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Interrupts():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pytest.fail("SIGHUP came through")
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_the_standard_library_is_found_without_installed_packages():

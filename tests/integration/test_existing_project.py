@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import support
 from celery import chain, chord, group
 from celery.exceptions import TimeoutError as ResultTimeout
 from integration.node import PATIENCE, ask, eventually, running
@@ -275,3 +276,38 @@ def test_inspect_sees_what_runs_and_what_waits(tmp_path):
 def ask_for(client, node, what):
     inspect = client.control.inspect(destination=[node.name], timeout=PATIENCE, limit=1)
     return getattr(inspect, what)()[node.name]
+
+
+SCRIPT = """
+import os, threading
+from pathlib import Path
+import mpworker, support
+from celery import Celery, signals
+
+app = mpworker.install(Celery("own", broker="memory://", broker_transport_options={"polling_interval": 0.01}))
+done = support.Signpost(Path("done").absolute())
+
+@app.task
+def work():
+    done.set(work.name)
+
+@signals.worker_ready.connect
+def use(**_):
+    work.delay()
+    threading.Thread(target=leave, daemon=True).start()
+
+def leave():
+    try:
+        done.wait(10.0)
+    finally:
+        os._exit(0)  # a warm shutdown takes seconds with this broker
+
+if __name__ == "__main__":
+    app.worker_main(["worker", "-c", "1", "--without-mingle", "--without-gossip", "--without-heartbeat"])
+"""
+
+
+def test_a_script_that_is_its_own_application(tmp_path):
+    """Worker processes import it by another name; its tasks keep theirs."""
+    ended = support.run_script(SCRIPT, tmp_path)
+    assert (ended.code, support.lines(tmp_path / "done")) == (0, ["own.work"]), ended.err

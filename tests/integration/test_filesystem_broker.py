@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -10,9 +11,11 @@ import threading
 import pytest
 from celery import Celery
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.worker import state as worker_state
 from integration.node import PATIENCE, Node, eventually
 
-from mpworker.celery.pool import TaskPool
+from mpworker.celery.pool import EX_BROKEN, TaskPool
+from mpworker.pool import fleet, handle
 
 
 class Files:
@@ -134,5 +137,22 @@ def test_a_job_that_is_taken_back_leaves_its_slot():
         second.join(PATIENCE)
         assert not second.is_alive(), "no slot is free although nothing runs"
         eventually(lambda: 3.0 in roots)
+    finally:
+        pool.terminate()
+
+
+def test_a_node_whose_dispatcher_cannot_be_replaced_ends(monkeypatch):
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, "no process can be had")
+
+    app = Celery("zombie", broker="memory://", set_as_current=False)
+    pool = TaskPool(1, app=app, threads=True, putlocks=True, semaphore=None, initargs=(app, "zombie@here"))
+    pool.start()
+    try:
+        monkeypatch.setattr(worker_state, "should_stop", None)
+        monkeypatch.setattr(handle, "_START_PAUSE", 0.01)
+        monkeypatch.setattr(fleet, "launch", refuse)
+        os.kill(pool.handle.pid, signal.SIGKILL)
+        eventually(lambda: worker_state.should_stop == EX_BROKEN, what="the node is told to end")
     finally:
         pool.terminate()

@@ -6,6 +6,7 @@ import json
 from datetime import datetime
 
 import pytest
+from celery import chord
 from integration.node import PATIENCE, ask, eventually, running
 
 from mpworker import ResultStore
@@ -140,7 +141,8 @@ def test_redis_killed_in_the_middle(tmp_path):
     with Server() as results:
         env = {"SHOP_RESULTS": results.results}
         with running(tmp_path, "-c", "2", env=env) as (_, node, client):
-            held = [client.send_task("shop.tasks.hold", args=(f"gate-{n}",)) for n in range(2)]
+            parts = [client.signature("shop.tasks.hold", args=(f"gate-{n}",)) for n in range(2)]
+            held = chord(parts, app=client)(client.signature("shop.tasks.total")).parent.results
             for n in range(2):
                 node.notes.wait("hold", name=f"gate-{n}")
             waiting = [client.send_task("shop.tasks.add", args=(n, n)) for n in range(10)]
@@ -150,6 +152,7 @@ def test_redis_killed_in_the_middle(tmp_path):
             ids = {result.id for result in held + waiting}
             eventually(lambda: ids <= {line["task_id"] for line in journal(node)})
             node.await_log("marked as not shipped")
+            node.await_log("could not be counted as a part of chord")
             lines = [line for line in journal(node) if line["task_id"] in ids]
             assert {line["status"] for line in lines} == {"SUCCESS"}
             assert {line["shipped"] for line in lines} == {0}

@@ -75,6 +75,20 @@ def test_an_idle_node_ends_promptly_and_each_process_says_good_bye(node_of):
     assert "Traceback" not in node.log()
 
 
+def test_a_node_that_still_loads_its_application_ends_at_once(server, tmp_path):
+    config = {"include": ["shop.tasks", "shop.odd"]}
+    node = Node(tmp_path / "node", "-c", "1", config=config, env={"SHOP_BROKER": server.broker})
+    (node.folder / "slow-children").touch()
+    try:
+        node.launch()
+        node.notes.wait("loading")
+        node.signal(signal.SIGTERM)
+        assert node.wait(10.0) == 0
+        node.await_gone(2.0)
+    finally:
+        node.kill()
+
+
 def test_a_killed_main_process_leaves_nothing(client, node_of):
     node = node_of("-c", "2")
     client.send_task("shop.hooks.hooked", args=("return", "so that there is a callback process"))

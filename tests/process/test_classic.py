@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,25 @@ def test_push_returns_a_future() -> None:
     with MultiProcess(1) as mp:
         future = mp.push(InfoTask(f"{__name__}.Sum", 10, 1, 2, 3))
         assert future.result(support.PATIENCE) == 6
+
+
+class Hanging(Model):
+    def runnable(self) -> None:
+        pass
+
+    def callback(self, result: object) -> None:
+        support.sleep()
+
+
+def test_stop_waits_for_a_hanging_callback_only_so_long(caplog: pytest.LogCaptureFixture) -> None:
+    mp = MultiProcess(1, callback_timeout=0.2)
+    mp.start()
+    for _ in range(2):
+        mp.push(InfoTask(f"{__name__}.Hanging", None))
+    begun = time.monotonic()
+    mp.stop()
+    assert time.monotonic() - begun < 2 * 0.2 + support.SLACK
+    assert len([record for record in caplog.records if "Hanging[" in record.getMessage()]) == 2
 
 
 def test_push_wants_a_started_pool() -> None:

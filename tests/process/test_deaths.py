@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -14,6 +15,8 @@ import support
 from support import PATIENCE, Signpost, wait_until
 
 from mpworker import ProcessPool, WorkerLost
+from mpworker.errors import BootError
+from mpworker.pool import fleet, handle
 
 METHODS = ["fork", "forkserver", "spawn", "auto"]
 SIZE = 2
@@ -152,6 +155,29 @@ def test_a_dispatcher_killed_again_and_again_is_replaced() -> None:
             dispatcher = pool.stats()["dispatcher"]
             os.kill(dispatcher, signal.SIGKILL)
             wait_until(lambda old=dispatcher: pool.stats()["dispatcher"] != old, what="there is a new one")
+
+
+@pytest.mark.parametrize("refusals", [2, 99])
+def test_a_dispatcher_that_cannot_be_started_is_tried_again_for_a_while(
+    refusals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, tries = fleet.launch, iter(range(refusals))
+
+    def refuse() -> object:
+        if next(tries, None) is not None:
+            raise BlockingIOError(errno.EAGAIN, "no process can be had")
+        return launch()
+
+    with ProcessPool(1) as pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+        monkeypatch.setattr(handle, "_START_PAUSE", 0.01)
+        monkeypatch.setattr(fleet, "launch", refuse)
+        os.kill(pool.stats()["dispatcher"], signal.SIGKILL)
+        if refusals < handle._START_TRIES:
+            assert pool.submit(support.give, 2).result(PATIENCE) == 2
+        else:
+            with pytest.raises(BootError, match="no new one can be started"):
+                pool.submit(support.give, 2).result(PATIENCE)
 
 
 def test_killing_the_dispatcher_while_the_pool_drains(tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ def test_map_gives_up_in_time_and_cancels_the_rest(pool: ProcessPool) -> None:
         job.cancel()
 
 
+def test_map_cancels_what_it_has_sent_when_an_item_cannot_travel(pool: ProcessPool) -> None:
+    with pytest.raises(PayloadError):
+        pool.map(support.sleep, [20.0, 20.0, 20.0, lambda: None])
+    wait_until(lambda: not pool.stats()["pending"], 10.0, "nothing of it is left")
+
+
+def test_map_reads_no_further_than_its_buffer(pool: ProcessPool) -> None:
+    numbers = iter(range(12))
+    results = pool.map(support.give, numbers, buffersize=2)
+    assert next(numbers) == 2
+    assert [next(results), next(results)] == [0, 1]
+    assert next(numbers) == 5
+    assert list(results) == [3, 4, *range(6, 12)]
+    everything = pool.map(operator.add, range(10), range(10), chunksize=3, buffersize=2)
+    assert list(everything) == list(range(0, 20, 2))
+
+
 def test_the_helpers_of_concurrent_futures_work(pool: ProcessPool) -> None:
     futures = [pool.submit(support.give, number) for number in range(20)]
     assert sorted(future.result() for future in as_completed(futures, PATIENCE)) == list(range(20))
@@ -367,6 +384,12 @@ def test_an_initializer_must_be_callable() -> None:
 def test_a_bad_limit_of_one_task_is_refused(pool: ProcessPool, limit: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=f"^{limit} must be "):
         pool.schedule(support.give, **{limit: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_a_bad_buffersize_is_refused(pool: ProcessPool, value: int) -> None:
+    with pytest.raises(ConfigurationError, match="buffersize"):
+        pool.map(support.give, [1], buffersize=value)
 
 
 def test_a_bad_chunksize_is_refused(pool: ProcessPool) -> None:

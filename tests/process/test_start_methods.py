@@ -166,6 +166,46 @@ if __name__ == "__main__":
     assert "has 2 threads" in line
 
 
+@pytest.mark.parametrize("method", ["auto", "fork"])
+def test_without_streams_nothing_is_printed_into_a_line(method: str, tmp_path: Path) -> None:
+    """As after ``>&- <&-``: the lowest free descriptors are those of the standard streams."""
+    script = """
+import os, sys
+from mpworker import ProcessPool
+def talk():
+    print("to nobody", flush=True)
+    os.write(1, b"nor this")
+    return os.getpid()
+if __name__ == "__main__":
+    os.close(0)
+    os.close(1)
+    with ProcessPool(2, start_method=sys.argv[1]) as pool:
+        pids = {pool.submit(talk).result(30) for _ in range(10)}
+        print(pids <= {worker["pid"] for worker in pool.stats()["workers"]}, file=sys.stderr)
+"""
+    ended = support.run_script(script, tmp_path, method)
+    assert (ended.code, ended.err) == (0, "True\n")
+
+
+@pytest.mark.parametrize("method", ["auto", "fork"])
+def test_where_orphans_cannot_be_adopted_workers_are_spawned(method: str, tmp_path: Path) -> None:
+    """As on macOS, or where a filter of system calls refuses it."""
+    (tmp_path / "sitecustomize.py").write_text("from mpworker.pool import linux\nlinux._prctl = lambda *_: False\n")
+    script = """
+import logging, sys, support
+from mpworker import ProcessPool
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO", format="%(message)s")
+    with ProcessPool(1, start_method=sys.argv[1]) as pool:
+        print(pool.submit(support.give, 1).result(30))
+"""
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ended = support.run_script(script, tmp_path, method, PYTHONPATH=paths)
+    assert (ended.code, ended.out) == (0, "1\n"), ended.err
+    (line,) = ended.err.splitlines()
+    assert "start method spawn" in line
+
+
 def test_auto_forks_from_a_clean_process() -> None:
     """A lock held by a thread of this process is free in the workers."""
     with held, ProcessPool(1) as pool:

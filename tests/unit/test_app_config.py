@@ -2,12 +2,14 @@
 
 import pickle
 import pwd
+import time
 
 import pytest
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from mpworker import embedded
-from mpworker.celery import steps
+from mpworker.celery import child, steps
 from mpworker.celery.app import POOL, DefaultApp, Loader, install, journal_url, kombu_url, settings_of
 from mpworker.errors import ConfigurationError
 
@@ -94,6 +96,13 @@ class TestDefaultApp:
         assert app.conf.broker_url == embedded.broker_url(tmp_path)
         with pytest.raises(ConfigurationError, match="MPWORKER_START_METHOD"):
             settings_of(app)
+
+    def test_a_client_without_a_node_soon_hears_so(self, tmp_path):
+        begun = time.monotonic()
+        with pytest.raises(OperationalError, match="no node is running here") as caught:
+            default_app().send_task("proj.add")
+        assert str(embedded.socket_path(tmp_path)) in str(caught.value)
+        assert time.monotonic() - begun < 5.0
 
     def test_it_can_be_pickled_for_a_fresh_process(self, monkeypatch):
         monkeypatch.setenv("MPWORKER_INCLUDE", "proj.tasks")
@@ -287,3 +296,19 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     assert "MPWORKER_DATA_DIR-is-not-usable" in app.conf.broker_url
     with pytest.raises(ConfigurationError, match="set MPWORKER_DATA_DIR"):
         settings_of(app)
+
+
+def test_an_app_that_importing_its_module_does_not_make_is_one_clear_line():
+    spec = child.AppSpec(("json", "app"), b"", {}, ())
+    with pytest.raises(ConfigurationError, match="importing json does not make the app 'app' there"):
+        child.load(spec)
+
+
+def test_tasks_that_no_import_makes_are_known_by_name():
+    def local():
+        pass
+
+    app = plain_app()
+    app.task(name="proj.local")(local)
+    app.task(name="proj.importable")(default_app)
+    assert child.local_tasks(app) == ["proj.local"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mpworker.pool import facts as f
+from mpworker.pool import ledger
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.ledger import GUARD_GRACE, Ledger
@@ -352,6 +353,20 @@ def test_a_pause_holds_jobs_back_and_its_end_lets_them_go(world: World) -> None:
     assert not world.workers[0].inbox
     world.tell(f.Paused(False))
     assert [job.id for job in world.workers[0].inbox] == [7]
+
+
+def test_no_task_starts_while_outcomes_pile_up_before_the_callback_process(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "HOOKS_HIGH_WATER", 3000)
+    for job in range(1, 9):
+        world.submit(job, hooks=b"hooks")
+    while world.workers[0].inbox:
+        world.begin(0)
+        world.end(0, runtime=1.0)
+    assert sum(world.ends.values()) == 3
+    world.settle()
+    assert world.ends == world.hook_ends == dict.fromkeys(range(1, 9), 1)
 
 
 @pytest.mark.parametrize("hooks", [b"", b"hooks"])

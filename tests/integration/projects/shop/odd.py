@@ -1,15 +1,23 @@
 """Tasks that go to the edges: results and errors that do not travel, children that cannot start."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from celery import signals
 
 from shop.celery import app
 from shop.hooks import told, told_error
+from shop.notes import note
+
+HERE = Path(os.environ["SHOP_NOTES"]).parent
+if (HERE / "slow-children").exists() and getattr(multiprocessing.current_process(), "_inheriting", False):
+    note("loading")
+    time.sleep(60)
 
 
 @app.task(callback=told, error_callback=told_error, ignore_result=True)
@@ -30,5 +38,5 @@ def late_class():
 
 @signals.worker_process_init.connect
 def refuse(**_):
-    if (Path(os.environ["SHOP_NOTES"]).parent / "no-more-workers").exists():
+    if (HERE / "no-more-workers").exists():
         os._exit(1)
