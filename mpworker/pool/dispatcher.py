@@ -365,8 +365,11 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
     if boot is None or boot.kind is not Kind.BOOT:
         fleet.end_all()
         return
-    set_title(f"mpworker: dispatcher{json.loads(boot.extra)['label']}")
+    options = json.loads(boot.extra)
+    set_title(f"mpworker: dispatcher{options['label']}")
     try:
+        if can_adopt and fleet.template is None and options["start_method"] != "spawn":
+            fleet.fork_template(line)
         Dispatcher(line, boot, fleet, can_adopt).run()
     finally:
         fleet.end_all()

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -191,6 +192,29 @@ class Fleet:
             process = self._popen(command("template", str(theirs.fileno()), str(os.getpid())), [theirs.fileno()])
         self.template, self.template_pid = ours, process.pid
         return ours
+
+    def fork_template(self, line: socket.socket) -> None:
+        """Forks the template from this process, which must have nothing yet but ``line``, its own to the parent.
+
+        Quicker by the start of an interpreter than :meth:`start_template`, which serves when one has to be replaced.
+        """
+        ours, theirs = socket.socketpair()
+        dispatcher = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                line.close()
+                ours.close()
+                from mpworker.pool import template
+
+                template.main(str(theirs.detach()), str(dispatcher))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                flush_streams()
+                os._exit(0)
+        theirs.close()
+        self.adopt_template(ours, pid)
 
     def adopt_template(self, line: socket.socket, pid: int) -> None:
         """Takes over a template that somebody else forked as our child."""

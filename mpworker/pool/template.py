@@ -11,6 +11,7 @@ import time
 
 from mpworker.pool import boot as booting
 from mpworker.pool import linux
+from mpworker.pool.child import become_worker  # here, so that no worker has to import it
 from mpworker.pool.frames import HEADER_SIZE, Frame, FrameReader, Kind, encode
 from mpworker.pool.title import set_title
 
@@ -96,8 +97,6 @@ def _be_forked(
         line.close()
         while os.getppid() == middle:
             time.sleep(0.0002)
-        from mpworker.pool.child import become_worker
-
         become_worker(fds[0], fds[1], int(request.a), request.flag, boot, dispatcher, prepared=ready)
     finally:
         os._exit(70)
