@@ -107,6 +107,9 @@ class Dispatcher:
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()
+        signal.set_wakeup_fd(-1)
+        for end in self._signal_line:
+            end.close()
 
     def _patience(self) -> float:
         deadline = min(self._ledger.next_deadline(), self._nursery.deadline)
@@ -139,7 +142,7 @@ class Dispatcher:
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
-        self._signal_sockets = reader, writer
+        self._signal_line = reader, writer
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         # Not SIG_IGN: that would be inherited through exec. Ending is the parent's word, through the pipe.
         for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2", "SIGTSTP"):
@@ -355,21 +358,20 @@ def _receive_boot(line: socket.socket) -> Frame | None:
 def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> None:
     """Entry of the process. The last two arguments name a template that the parent forked for us."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some while it started us
-    line = socket.socket(fileno=int(fd))
     can_adopt = linux.adopt_orphans()
     fleet = Fleet()
     if template_fd.strip() and template_pid:
         fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
     set_title("mpworker: dispatcher")
-    boot = _receive_boot(line)
-    if boot is None or boot.kind is not Kind.BOOT:
-        fleet.end_all()
-        return
-    options = json.loads(boot.extra)
-    set_title(f"mpworker: dispatcher{options['label']}")
-    try:
-        if can_adopt and fleet.template is None and options["start_method"] != "spawn":
-            fleet.fork_template(line)
-        Dispatcher(line, boot, fleet, can_adopt).run()
-    finally:
-        fleet.end_all()
+    with socket.socket(fileno=int(fd)) as line:
+        try:
+            boot = _receive_boot(line)
+            if boot is None or boot.kind is not Kind.BOOT:
+                return
+            options = json.loads(boot.extra)
+            set_title(f"mpworker: dispatcher{options['label']}")
+            if can_adopt and fleet.template is None and options["start_method"] != "spawn":
+                fleet.fork_template(line)
+            Dispatcher(line, boot, fleet, can_adopt).run()
+        finally:
+            fleet.end_all()

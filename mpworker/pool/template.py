@@ -20,7 +20,8 @@ def main(fd: str, dispatcher: str, *_: str) -> None:
     """Entry of the process."""
     linux.die_with_parent()
     set_title("mpworker: template")
-    serve(socket.socket(fileno=int(fd)), int(dispatcher))
+    with socket.socket(fileno=int(fd)) as line:
+        serve(line, int(dispatcher))
 
 
 def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:

@@ -187,6 +187,19 @@ if __name__ == "__main__":
     assert (ended.code, ended.err) == (0, "True\n")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_developers_hear_no_warning(method: str, tmp_path: Path) -> None:
+    script = """
+import sys, support
+from mpworker import ProcessPool
+if __name__ == "__main__":
+    with ProcessPool(1, start_method=sys.argv[1]) as pool:
+        print(pool.schedule(support.give, (1,), callback=support.give).result(30))
+"""
+    ended = support.run_script(script, tmp_path, method, PYTHONDEVMODE="1", PYTHONWARNINGS="error::ResourceWarning")
+    assert (ended.code, ended.out, ended.err) == (0, "1\n", "")
+
+
 @pytest.mark.parametrize("method", ["auto", "fork"])
 def test_where_orphans_cannot_be_adopted_workers_are_spawned(method: str, tmp_path: Path) -> None:
     """As on macOS, or where a filter of system calls refuses it."""
