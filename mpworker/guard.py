@@ -25,6 +25,8 @@ _TICK = 0.01  # a starting server tells nobody when it is ready
 #: Seconds for a clean end. A server that is killed then has long handed its data to the kernel.
 _FLUSH_SECONDS = 1.5
 _MAX_RESTARTS = 5
+#: Seconds after which a server has proved that it can run.
+_STEADY = 60.0
 _LOG_MAX = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
@@ -118,8 +120,11 @@ class Guard:
 
     def _tend(self, server: subprocess.Popen[bytes]) -> None:
         """Waits for the server's end; starts it again when it was not asked to end."""
-        for _ in range(_MAX_RESTARTS):
+        deaths = 0
+        while deaths < _MAX_RESTARTS:
+            begun = time.monotonic()
             code = server.wait()
+            deaths = deaths + 1 if time.monotonic() - begun < _STEADY else 1
             with self.mutex:
                 if self.ending:
                     return

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from celery import current_app, signals
+from celery import current_app, signals, states
 from celery.exceptions import TaskRevokedError
 
 from mpworker.errors import PayloadError
@@ -114,6 +114,8 @@ class ParentHooks:
         self._names: dict[int, str] = {}
         #: ids of the tasks that have lately asked for their callback in the worker, in order
         self._asked: dict[str, None] = {}
+        #: id of the task of whose end Celery has spoken last
+        self._spoken: str | None = None
 
     def connect(self) -> None:
         signals.task_failure.connect(self._on_failure, weak=True)
@@ -133,6 +135,8 @@ class ParentHooks:
     def begins(self, task_id: str) -> None:
         """A message of this task goes to the pool, perhaps not the first one."""
         self._asked.pop(task_id, None)
+        if task_id == self._spoken:
+            self._spoken = None
 
     def ended(self, frame: Frame) -> None:
         """Hears a HOOK_ENDED."""
@@ -141,15 +145,29 @@ class ParentHooks:
         if not succeeded:
             log_hook_failure(name, error)
 
+    def lost(self, task: Any, task_id: str) -> None:
+        """Celery has heard that the process of this task was lost. Of a task whose success was stored before, it then
+        says nothing; nor had the process asked for the callback, if the two came too close together."""
+        if task_id == self._spoken or task_id in self._asked or find_hook(task, CALLBACK) is None:
+            return
+        try:
+            meta = task.backend.get_task_meta(task_id, cache=False)
+        except Exception as exc:
+            logger.error("whether %s[%s] had succeeded before its process was lost: %r", task.name, task_id, exc)
+            return
+        if meta.get("status") == states.SUCCESS:
+            self._ask(task, task_id, *pack_outcome(meta.get("result")))
+
     def _on_failure(self, sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
         """Celery fails a task in this process: its worker was killed or lost, or the task rejected its message."""
-        self._ask(sender, task_id, exception)
+        self._ask(sender, task_id, Outcome.ERROR, pack_error(exception, ""))
 
     def _on_revoked(self, sender: Any, request: Any = None, **facts: Any) -> None:
         how = "terminated" if facts.get("terminated") else "expired" if facts.get("expired") else "revoked"
-        self._ask(sender, str(getattr(request, "id", "?")), TaskRevokedError(how))
+        self._ask(sender, str(getattr(request, "id", "?")), Outcome.ERROR, pack_error(TaskRevokedError(how), ""))
 
-    def _ask(self, task: Any, task_id: str, exception: BaseException) -> None:
+    def _ask(self, task: Any, task_id: str, flag: Outcome, body: bytes) -> None:
+        self._spoken = task_id
         if task_id in self._asked:
             return
         try:
@@ -160,4 +178,4 @@ class ParentHooks:
         if hooks and self._handle.fileno() >= 0:
             job = self._handle.next_id()
             self._names[job] = f"{task.name}[{task_id}]"
-            self._handle.call_hooks(job, hooks, Outcome.ERROR, pack_error(exception, ""))
+            self._handle.call_hooks(job, hooks, flag, body)

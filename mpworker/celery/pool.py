@@ -344,6 +344,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         else:
             text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
             self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+            if (task := self.app.tasks.get(job.name)) is not None:
+                self._hooks.lost(task, job.task_id)
 
     def _on_broken(self, why: str) -> None:
         """No workers any more: the node ends. What had started is lost with them; the rest is the broker's again."""

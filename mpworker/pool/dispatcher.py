@@ -61,6 +61,8 @@ class Dispatcher:
             options["max_tasks"],
             options["max_memory"],
         )
+        if boot.flag:
+            self._ledger.resume()
         self._selector = selectors.DefaultSelector()
         parent.setblocking(False)
         self._parent = Wire(self._selector, parent, self._read_parent)
@@ -176,6 +178,7 @@ class Dispatcher:
         if self._ledger.ever_ready:  # a later template: the workers there are go on, new ones try it for themselves
             self.log(logging.ERROR, f"start method spawn from now on: {why}")
             self._nursery.give_up()
+            self.begin()
         else:
             self._apply(f.WorkerUnready(None, why))
 

@@ -33,7 +33,8 @@ class Kind(IntEnum):
     """What a frame says. The comment names the meaning of its fields where it uses them."""
 
     # parent → dispatcher
-    BOOT = 1  # flag: preload or not, extra: dispatcher options (JSON), body: what children need (opaque)
+    # BOOT's flag tells a dispatcher whether one before it had ready workers, and a template whether to preload.
+    BOOT = 1  # flag, extra: dispatcher options (JSON), body: what children need (opaque)
     SUBMIT = 2  # job, flag: lane and outcome kind, a: soft limit, b: hard limit, extra: hooks, body: call or outcome
     CANCEL = 3  # job, flag: signal, a: seconds until SIGKILL follows (0: never)
     RESIZE = 4  # job: number of workers

@@ -32,8 +32,11 @@ from mpworker.states import JobState
 
 logger = logging.getLogger("mpworker.pool")
 
-#: Dispatchers that may die in a row without one of them having had a ready worker.
+#: Dispatchers that may end in a row without one of them having had a ready worker: by themselves, or killed by others.
 _MAX_RESTARTS = 3
+_MAX_KILLS = 100
+#: Seconds before the next start after several deaths in a row: a machine without memory gets time.
+_PAUSES = (0.0,) * 5 + (0.1, 0.2, 0.5, 1.0, 2.0)
 #: How often a new dispatcher is tried when the system refuses, and the seconds between two tries.
 _START_TRIES = 10
 _START_PAUSE = 0.5
@@ -110,7 +113,7 @@ class Handle:
         self._process, self._line = fleet.launch_forked() if forked else fleet.launch()
         self._reader = FrameReader("the dispatcher")
         self._outbox = Outbox()
-        self._outbox.put(encode(Kind.BOOT, extra=self.options.to_json(), body=self._boot))
+        self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(), body=self._boot))
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
         self.flush()
@@ -297,11 +300,12 @@ class Handle:
         yield from self._bury_started()
         self._flushed = self._flush_asked
         self._restarts += 1
-        if self._restarts > _MAX_RESTARTS:
+        if self._restarts > (_MAX_KILLS if code == -signal.SIGKILL else _MAX_RESTARTS):
             self.finished = True
             yield Frame(Kind.BROKEN, body=f"the dispatcher died {self._restarts} times in a row, exit {code}".encode())
             return
         logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
+        time.sleep(_PAUSES[min(self._restarts, len(_PAUSES)) - 1])
         with self._mutex:
             if not self._restart():
                 self.finished = True

@@ -104,6 +104,10 @@ class Ledger:
         """When :class:`~mpworker.pool.facts.Ticked` is due at the latest; ``inf`` for never."""
         return min(book.next_deadline() for book in self._books)
 
+    def resume(self) -> None:
+        """For a dispatcher that replaces one whose workers were ready: what cannot be started now is tried on."""
+        self._tasks.ever_ready = True
+
     @property
     def ever_ready(self) -> bool:
         """A task worker has been ready: what loads the application works, or worked."""

@@ -20,6 +20,8 @@ from mpworker.pool.wire import Wire
 
 #: Seconds that a fork may take until its first word, which comes before any user code; half the ready timeout at most.
 FORK_TIMEOUT = 4.0
+#: Templates that may die while they load, without a word, before that counts as the application's doing.
+_MAX_LOADING_DEATHS = 3
 
 
 class Owner(Protocol):
@@ -50,6 +52,7 @@ class Nursery:
         self._wire: Wire | None = None
         self._reader = FrameReader("the template")
         self._loading_until = inf
+        self._loading_deaths = 0
         self._ready = False
 
     def open(self) -> None:
@@ -106,7 +109,7 @@ class Nursery:
         if frame.kind is Kind.UNREADY:
             self._fail(frame.body.decode(errors="replace"))
         elif frame.kind is Kind.READY:
-            self._loading_until, self._ready = inf, True
+            self._loading_until, self._ready, self._loading_deaths = inf, True, 0
             if frame.a > 1 and self._method == "auto":
                 self._owner.log(
                     logging.INFO,
@@ -120,8 +123,11 @@ class Nursery:
         loading = self._loading_until < inf
         self._drop()
         if loading:
-            self._fail("the process that loads the application died while it did so")
-            return
+            self._loading_deaths += 1
+            if self._loading_deaths == _MAX_LOADING_DEATHS:
+                self._loading_deaths = 0
+                self._fail(f"the process that loads the application died while it did so, {_MAX_LOADING_DEATHS} times")
+                return
         self._owner.log(logging.WARNING, "the template died; a new one is started")
         if self._method == "fork":
             self._method = "auto"  # the parent's memory cannot be had again

@@ -96,6 +96,13 @@ def test_after_retries_in_vain_once(shop):
     assert (note["kind"], note["type"]) == ("error_callback", "OSError")
 
 
+def test_after_a_process_that_stored_its_success_and_was_killed(shop):
+    before = told(shop)
+    assert send(shop, "last_words", "stored").get(timeout=PATIENCE) == "stored"
+    note = only(shop, before)
+    assert (note["kind"], note["of"]) == ("callback", "stored")
+
+
 def test_after_a_hard_limit(shop):
     before = told(shop)
     with pytest.raises(Exception, match=r"0\.5"):

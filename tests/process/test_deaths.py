@@ -157,6 +157,17 @@ def test_a_dispatcher_killed_again_and_again_is_replaced() -> None:
             wait_until(lambda old=dispatcher: pool.stats()["dispatcher"] != old, what="there is a new one")
 
 
+def test_dispatchers_killed_before_they_have_a_worker_are_replaced_too() -> None:
+    with ProcessPool(1) as pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+        killed: set[int] = set()
+        for _ in range(handle._MAX_RESTARTS + 2):
+            wait_until(lambda: pool.stats()["dispatcher"] not in killed, what="there is a new one")
+            killed.add(pool.stats()["dispatcher"])
+            os.kill(pool.stats()["dispatcher"], signal.SIGKILL)
+        assert pool.submit(support.give, 2).result(PATIENCE) == 2
+
+
 @pytest.mark.parametrize("refusals", [2, 99])
 def test_a_dispatcher_that_cannot_be_started_is_tried_again_for_a_while(
     refusals: int, monkeypatch: pytest.MonkeyPatch

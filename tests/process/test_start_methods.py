@@ -187,6 +187,31 @@ if __name__ == "__main__":
     assert (ended.code, ended.err) == (0, "True\n")
 
 
+@pytest.mark.parametrize(("deaths", "says"), [(2, "1"), (9, "BootError")])
+def test_a_process_killed_while_it_loads_the_application_is_replaced_twice(
+    deaths: int, says: str, tmp_path: Path
+) -> None:
+    script = """
+import os, signal, sys, support
+from pathlib import Path
+from mpworker import ProcessPool
+from mpworker.errors import BootError
+if __name__ == "__mp_main__":
+    support.append(Path("loads"), os.getpid())
+    if len(support.lines(Path("loads"))) <= int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    with ProcessPool(1) as pool:
+        try:
+            print(pool.submit(support.give, 1).result(30))
+        except BootError as exc:
+            print("BootError", exc)
+"""
+    ended = support.run_script(script, tmp_path, str(deaths))
+    assert ended.out.startswith(says), ended.err
+    assert len(support.lines(tmp_path / "loads")) == 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_developers_hear_no_warning(method: str, tmp_path: Path) -> None:
     script = """
