@@ -98,24 +98,19 @@ def test_every_file_is_a_task_and_every_result_is_in_both_places(data, sources):
     assert sorted(path.name for path in home.iterdir()) == ["journal", "valkey.log", "worker.log"]
 
 
-def test_a_missing_result_fails_the_check(data, sources):
-    code = (
-        "import mpworker.demo as d\n"
-        "report = d.Demo._report\n"
-        "def lose_one(self, elapsed):\n"
-        "    d.app.backend.client.delete(d.app.backend.get_key_for_task(next(iter(self.paths))))\n"
-        "    return report(self, elapsed)\n"
-        "d.Demo._report = lose_one\n" + NODE
-    )
-    code, out, _ = run(data, "--dir", str(sources), code=code)
-    assert code == 1
-    assert "the check FAILED for 1 of 22 tasks" in out
-    assert "nothing in Redis" in out
+LOSES_ONE = (
+    "import mpworker.demo as d\n"
+    "report = d.Demo._report\n"
+    "def lose_one(self, elapsed):\n"
+    "    d.app.backend.client.delete(d.app.backend.get_key_for_task(next(iter(self.paths))))\n"
+    "    return report(self, elapsed)\n"
+    "d.Demo._report = lose_one\n" + NODE
+)
 
 
-def test_a_terminal_gets_a_live_view(data, sources):
+def test_a_terminal_gets_a_live_view_and_a_missing_result_fails_the_check(data, sources):
     ours, theirs = pty.openpty()
-    process = start(data, "--dir", str(sources), stdout=theirs)
+    process = start(data, "--dir", str(sources), code=LOSES_ONE, stdout=theirs)
     os.close(theirs)
     shown = b""
     while True:
@@ -127,10 +122,12 @@ def test_a_terminal_gets_a_live_view(data, sources):
             break
         shown += part
     os.close(ours)
-    assert process.wait(30) == 0, shown + process.stderr.read()
+    assert process.wait(30) == 1, shown + process.stderr.read()
     process.stderr.close()
     assert b"\x1b[" in shown
     assert b"22/22" in shown
+    assert b"the check FAILED for 1 of 22 tasks" in shown
+    assert b"nothing in Redis" in shown
 
 
 def interrupted(data, pattern, signals, pause=0.0):
