@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from mpworker.model import Model as Model
     from mpworker.model import MultiProcess as MultiProcess
     from mpworker.pool.executor import ProcessPool as ProcessPool
+    from mpworker.pool.inside import current_slot as current_slot
     from mpworker.results.query import ResultStore as ResultStore
 
 _HOME = {
     "install": "mpworker.celery.app",
     "app": "mpworker.celery.app",
     "ProcessPool": "mpworker.pool.executor",
+    "current_slot": "mpworker.pool.inside",
     "MultiProcess": "mpworker.model",
     "InfoTask": "mpworker.model",
     "Model": "mpworker.model",

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from functools import partial
 from itertools import islice
@@ -27,6 +27,8 @@ from mpworker.pool.parcel import name_of, pack_call
 from mpworker.settings import START_METHODS
 
 T = TypeVar("T")
+Variables = Mapping[str, str | int]
+SlotEnv = Mapping[int, Variables] | Callable[[int], Variables]
 
 
 class ProcessPool(Executor):
@@ -42,6 +44,9 @@ class ProcessPool(Executor):
         start_method: ``auto`` (preload in a clean process and fork from it if it is one-threaded, else spawn),
             ``fork`` (workers get this process' memory as it is at the first task), ``forkserver``, ``spawn``.
         initializer, initargs: called in each worker before its first task.
+        slot_env: environment variables of each worker: a mapping from its slot (0 to ``max_workers`` - 1, inherited by
+            its replacement) to a dict, or a callable that returns such a dict, called here for each slot, now. They
+            are set before the initializer, and with ``spawn`` before anything is imported. Values may be numbers.
         max_tasks_per_worker: tasks after which a worker is replaced.
         max_memory_per_worker: peak memory in bytes after which a worker is replaced, between tasks.
         timeout, soft_timeout: limits in seconds for tasks that bring none of their own.
@@ -60,6 +65,7 @@ class ProcessPool(Executor):
         start_method: str = "auto",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        slot_env: SlotEnv | None = None,
         max_tasks_per_worker: int | None = None,
         max_memory_per_worker: int | None = None,
         timeout: float | None = None,
@@ -81,6 +87,7 @@ class ProcessPool(Executor):
             max_memory=_count("max_memory_per_worker", max_memory_per_worker),
         )
         self._initializer = (initializer, initargs) if initializer else None
+        self._slot_env = _slot_env(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()
@@ -200,7 +207,7 @@ class ProcessPool(Executor):
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._core is None:
-                handle = handles.make(self._options, initializer=self._initializer)
+                handle = handles.make(self._options, initializer=self._initializer, slot_env=self._slot_env)
                 handle.start()
                 core = self._core = Results(handle, self._max_pending)
                 core.start()
@@ -263,6 +270,25 @@ def _limit(name: str, value: float | None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ConfigurationError(f"{name} must be a number of seconds above 0 and below 1e9, not {value!r:.40}")
     return float(value)
+
+
+def _slot_env(given: SlotEnv | None, size: int) -> dict[int, dict[str, str]]:
+    """The variables of each slot, as text."""
+    if given is None:
+        return {}
+    if not callable(given) and not isinstance(given, Mapping):
+        raise ConfigurationError(f"slot_env must be a mapping or a callable, not {given!r:.40}")
+    found = {slot: given(slot) if callable(given) else given.get(slot, {}) for slot in range(size)}
+    for slot, variables in found.items():
+        if not isinstance(variables, Mapping) or not all(map(_is_variable, variables.items())):
+            raise ConfigurationError(f"slot_env must be names and values, for slot {slot} not {variables!r:.80}")
+    return {slot: {name: str(value) for name, value in variables.items()} for slot, variables in found.items()}
+
+
+def _is_variable(item: tuple[object, object]) -> bool:
+    name, value = item
+    text = isinstance(name, str) and isinstance(value, str | int) and "\0" not in f"{name}{value}"
+    return text and name != "" and "=" not in str(name)
 
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

@@ -310,6 +310,14 @@ class Worker:
 this_worker: Worker | None = None
 
 
+def task_worker() -> Worker | None:
+    """The worker that this process is; ``None`` in one that a worker forked, and in the callback process."""
+    worker = this_worker
+    if worker is None or worker._pid != os.getpid() or worker.lane is not Lane.TASKS:
+        return None
+    return worker
+
+
 def process_name() -> str:
     """``worker-N`` or ``callbacks``, as :mod:`multiprocessing` and its log records know this process."""
     return multiprocessing.process.current_process().name
