@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from mpworker.errors import ConfigurationError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
 from mpworker.pool.parcel import name_of, pack_call
@@ -40,7 +41,7 @@ class ProcessPool(Executor):
     ``if __name__ == "__main__":``.
 
     Args:
-        max_workers: processes; default: the CPUs this process may use.
+        max_workers: processes; default: :func:`~mpworker.pool.cpus.pool_size`.
         start_method: ``auto`` (preload in a clean process and fork from it if it is one-threaded, else spawn),
             ``fork`` (workers get this process' memory as it is at the first task), ``forkserver``, ``spawn``.
         initializer, initargs: called in each worker before its first task.
@@ -79,7 +80,7 @@ class ProcessPool(Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         self._options = PoolOptions(
-            size=_count("max_workers", max_workers) or handles.default_size(),
+            size=_count("max_workers", max_workers) or pool_size(),
             start_method=start_method,
             ready_timeout=_limit("ready_timeout", ready_timeout),
             callback_limit=_limit("callback_timeout", callback_timeout),

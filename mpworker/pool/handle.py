@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import select
 import signal
 import socket
@@ -402,8 +401,3 @@ def verdict_of(frame: Frame) -> tuple[JobState, dict[str, Any]]:
 def make(options: PoolOptions, **description: Any) -> Handle:
     """A handle whose children are described by the keywords of :func:`mpworker.pool.boot.describe`."""
     return Handle(options, booting.describe(label=options.label, **description))
-
-
-def default_size() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
