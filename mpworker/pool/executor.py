@@ -12,11 +12,11 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpworker.errors import ConfigurationError
 from mpworker.pool import handle as handles
@@ -26,6 +26,9 @@ from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
 from mpworker.pool.parcel import name_of, pack_call
 from mpworker.settings import START_METHODS
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 Variables = Mapping[str, str | int]
@@ -94,6 +97,7 @@ class ProcessPool(Executor):
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._core: Results | None = None
+        self._submitter: ThreadPoolExecutor | None = None
         self._closed = False
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -134,6 +138,61 @@ class ProcessPool(Executor):
         soft = _limit("soft_timeout", soft_timeout) or self._soft_timeout
         body, hooks = pack_call(fn, tuple(args), kwargs or {}), pack_hooks(callback, error_callback)
         return self._send(body, soft, hard, hooks, name_of(fn) if hooks else "")
+
+    async def run(
+        self,
+        fn: Callable[..., T],
+        /,
+        *args: Any,
+        kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        soft_timeout: float | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+    ) -> T:
+        """Runs ``fn(*args, **kwargs)`` in a worker; to be awaited. Arguments and errors as those of :meth:`schedule`.
+
+        Cancelling the awaiting task cancels the work too, also while it runs. With ``max_pending`` the wait for room
+        does not block the event loop.
+        """
+        import asyncio
+
+        call = partial(
+            self.schedule,
+            fn,
+            args,
+            kwargs,
+            timeout=timeout,
+            soft_timeout=soft_timeout,
+            callback=callback,
+            error_callback=error_callback,
+        )
+        future = await self._patiently(call) if self._max_pending else call()
+        loop = asyncio.get_running_loop()
+        # Not wrap_future: some exceptions, such as StopIteration, cannot be set on a future of asyncio.
+        done = asyncio.Event()
+        future.add_done_callback(lambda _: _wake(loop, done))
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        return future.result()
+
+    async def _patiently(self, call: Callable[[], Future[T]]) -> Future[T]:
+        """Submits from a thread, which may wait for room; a single one, so that those who wait keep their order."""
+        import asyncio
+
+        self._started()  # after a fork, too: the thread is the parent's
+        with self._lock:
+            if self._submitter is None:
+                self._submitter = ThreadPoolExecutor(1, "mpworker-submitter")
+        submission = self._submitter.submit(call)
+        try:
+            return await asyncio.wrap_future(submission)
+        except asyncio.CancelledError:
+            submission.add_done_callback(_cancel_submitted)  # the thread may be at it
+            raise
 
     def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture:
         core = self._started()
@@ -204,6 +263,7 @@ class ProcessPool(Executor):
         if self._owner != os.getpid():
             # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
             self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
+            self._submitter = None
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -227,6 +287,8 @@ class ProcessPool(Executor):
         with self._lock:
             self._closed = True
             core = self._core
+            if self._submitter is not None:
+                self._submitter.shutdown(wait=False)
         if core is None:
             return
         if cancel_futures:
@@ -304,6 +366,16 @@ def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], e
             yield from results
     finally:
         _cancel(futures)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has been closed
+        loop.call_soon_threadsafe(event.set)
+
+
+def _cancel_submitted(submission: Future[Future[Any]]) -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        submission.result().cancel()
 
 
 def _cancel(futures: Iterable[Future[Any]]) -> None:
