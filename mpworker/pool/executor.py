@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpworker.errors import ConfigurationError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.coroutines import settle
 from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
@@ -40,6 +41,7 @@ class ProcessPool(Executor):
 
     Each task may have a soft limit (an exception inside it) and a hard limit (its process is killed); a death costs the
     one task that the process was running; ``callback`` and ``error_callback`` run in a process of their own.
+    An ``async def`` function runs in its worker's one event loop, under the same limits.
     Processes start with the first task. Functions and arguments are pickled; a script guards its entry with
     ``if __name__ == "__main__":``.
 
@@ -355,7 +357,7 @@ def _is_variable(item: tuple[object, object]) -> bool:
 
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
+    return [settle(fn(*args)) for args in chunk]
 
 
 def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], end: float | None) -> Iterator[T]:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from mpworker.errors import PayloadError
 from mpworker.pool import boot as booting
-from mpworker.pool import callbacks, linux
+from mpworker.pool import callbacks, coroutines, linux
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
@@ -107,6 +107,7 @@ class Worker:
         if boot.finalizer:
             function, args = pickle.loads(boot.finalizer)
             function(*args)
+        coroutines.close()
 
     def _next(self) -> Frame | None:
         """The next job; blocks. ``None`` when there will be none."""
@@ -215,7 +216,7 @@ class Worker:
                     callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
                     function, args, kwargs = self._unpack_call(frame.body)
-                    value = function(*args, **kwargs)
+                    value = coroutines.settle(function(*args, **kwargs))
                     del function, args, kwargs
             finally:
                 self._interruptible = False
@@ -287,15 +288,19 @@ class Worker:
     def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
         if self.current is None or os.getpid() != self._pid:
             return
-        if self._interruptible:
+        if not self._interruptible:
+            self._soft_due = True  # the task is about to begin, or has just ended
+        elif not coroutines.interrupt(frame, self._soft_exception):
             self._raise_soft()
-        self._soft_due = True  # the task is about to begin, or has just ended
 
     def _raise_soft(self) -> NoReturn:
+        raise self._soft_exception()
+
+    def _soft_exception(self) -> BaseException:
         current = self.current
-        self._soft_raised = self._soft_error(current.soft if current and current.soft else None)
-        assert self._soft_raised is not None
-        raise self._soft_raised
+        error: BaseException = self._soft_error(current.soft if current and current.soft else None)
+        self._soft_raised = error
+        return error
 
     def _unpack_call(self, body: bytes) -> Any:
         try:
