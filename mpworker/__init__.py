@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpworker.pool.cpus import pool_size as pool_size
     from mpworker.pool.executor import ProcessPool as ProcessPool
     from mpworker.pool.inside import current_slot as current_slot
+    from mpworker.pool.inside import progress as progress
     from mpworker.results.query import ResultStore as ResultStore
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "ProcessPool": "mpworker.pool.executor",
     "pool_size": "mpworker.pool.cpus",
     "current_slot": "mpworker.pool.inside",
+    "progress": "mpworker.pool.inside",
     "MultiProcess": "mpworker.model",
     "InfoTask": "mpworker.model",
     "Model": "mpworker.model",

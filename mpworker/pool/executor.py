@@ -104,7 +104,7 @@ class ProcessPool(Executor):
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture[T]:
         """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise."""
         return self.schedule(fn, args, kwargs)
 
@@ -118,7 +118,7 @@ class ProcessPool(Executor):
         soft_timeout: float | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
-    ) -> Future[T]:
+    ) -> TaskFuture[T]:
         """Runs ``fn(*args, **kwargs)`` in a worker.
 
         Args:
@@ -128,7 +128,8 @@ class ProcessPool(Executor):
             error_callback: called there with the exception, however the task failed. Exactly one of the two runs.
 
         Returns:
-            a future; its ``cancel()`` also ends a running task.
+            a future; its ``cancel()`` also ends a running task, and its ``progress`` is what the task has last told
+            by :func:`mpworker.progress`: ``done``, ``total``, ``message``, or ``None``.
 
         Raises:
             PayloadError: the call cannot be pickled.
@@ -196,7 +197,7 @@ class ProcessPool(Executor):
             submission.add_done_callback(_cancel_submitted)  # the thread may be at it
             raise
 
-    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture:
+    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture[Any]:
         core = self._started()
         in_callback = threading.current_thread() is core.thread
         if core.slots is not None and not core.slots.acquire(blocking=not in_callback):
@@ -204,7 +205,8 @@ class ProcessPool(Executor):
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
-                future = core.futures[job] = TaskFuture(core, job)
+                future: TaskFuture[Any] = TaskFuture(core, job)
+                core.futures[job] = future
                 if name:
                     core.names[job] = name
                 core.counts["submitted"] += 1
@@ -306,16 +308,18 @@ class ProcessPool(Executor):
 
         Returns:
             counts of ``submitted``, ``done``, ``failed``, ``timed_out``, ``lost``, ``cancelled``; ``pending`` and
-            ``running`` now; ``dispatcher`` (pid) and ``workers`` (dicts with ``pid``, ``slot`` and ``lane``: 0 for
-            workers, 1 for the callback process).
+            ``running`` now; ``progress`` of running tasks by job number; ``dispatcher`` (pid) and ``workers`` (dicts
+            with ``pid``, ``slot`` and ``lane``: 0 for workers, 1 for the callback process).
         """
         core = self._core
         if core is None:
-            return {**dict.fromkeys(COUNTS, 0), "pending": 0, "running": 0, "dispatcher": None, "workers": []}
+            nothing: dict[str, Any] = {"pending": 0, "running": 0, "progress": {}, "dispatcher": None, "workers": []}
+            return {**dict.fromkeys(COUNTS, 0), **nothing}
         return {
             **core.counts,
             "pending": core.handle.pending,
             "running": len(core.running),
+            "progress": core.progress(),
             "dispatcher": core.handle.pid,
             "workers": list(core.handle.workers),
         }

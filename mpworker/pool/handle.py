@@ -229,7 +229,7 @@ class Handle:
     def drain(self) -> Iterator[Frame]:
         """Yields what has happened since. Never blocks.
 
-        That is STARTED, SOFT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
+        That is STARTED, SOFT, PROGRESS, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
@@ -270,7 +270,7 @@ class Handle:
             return False
         elif kind is Kind.HOOK_ENDED:
             self._hooked.pop(frame.job, None)
-        elif kind is Kind.SOFT:
+        elif kind in (Kind.SOFT, Kind.PROGRESS):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
             self.workers = json.loads(frame.body)

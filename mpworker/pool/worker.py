@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from types import FrameType
@@ -37,6 +38,9 @@ from mpworker.pool.watchdog import Watchdog
 EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
+#: Seconds between two words on a job's progress, and what a word may hold.
+_PROGRESS_PAUSE = 0.1
+_PROGRESS_TEXT = 200
 
 
 @dataclass(slots=True)
@@ -53,6 +57,9 @@ class Current:
     batched: bool
     #: it runs for so long that they have been handed back
     long: bool = False
+    #: when it may tell its progress again, and what it has not told since
+    tell_at: float = 0.0
+    untold: tuple[float, float, str] | None = None
 
 
 class Worker:
@@ -150,11 +157,15 @@ class Worker:
             os._exit(EX_UNREADY)
 
     def send_now(self, frame: bytes, patience: float) -> bool:
-        """From the watchdog, which must not wait long: one small frame, or not at all."""
+        """From who must not wait long: one small frame, or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            return self.data.send(frame, socket.MSG_DONTWAIT) == len(frame)
+            if self._unsent:
+                return False
+            if (sent := self.data.send(frame, socket.MSG_DONTWAIT)) < len(frame):
+                self._unsent.append(frame[sent:])
+            return True
         except OSError:
             return False
         finally:
@@ -185,6 +196,8 @@ class Worker:
         if os.getpid() != self._pid:
             os._exit(0)  # the task forked and its child came back here
         with self.gate:
+            if (current := self.current) is not None and current.untold is not None:
+                self._unsent.append(_progress(job, current.untold))
             self.current = None
             doomed = self.doomed
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
@@ -235,14 +248,36 @@ class Worker:
         """
         if self.current is None:
             return
-        interruptible, self._interruptible = self._interruptible, False  # the soft limit must not cut a frame in two
-        try:  # sent now: should this process die before DONE, the task has ended all the same
+        with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+
+    def tell_progress(self, done: float, total: float, message: str) -> None:
+        """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
+        current, word = self.current, (float(done), float(total), str(message))
+        if current is None:
+            return
+        current.untold = word
+        if (now := time.monotonic()) < current.tell_at:
+            return
+        current.tell_at = now + _PROGRESS_PAUSE
+        with self._uninterrupted():
+            if self.send_now(_progress(current.job, word), 0.0):
+                current.untold = None
+
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """The soft limit must not cut a frame in two; it follows at once."""
+        if threading.current_thread() is not threading.main_thread():  # where signals do not come
+            yield
+            return
+        interruptible, self._interruptible = self._interruptible, False
+        try:
+            yield
         finally:
             self._interruptible = interruptible
         if interruptible and self._soft_due:
             self._soft_due = False
-            self._raise_soft()
+            self._on_soft_limit(signal.SIGUSR1, sys._getframe())
 
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
@@ -309,6 +344,11 @@ class Worker:
             if exc is self._soft_raised:
                 raise
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
+
+
+def _progress(job: int, word: tuple[float, float, str]) -> bytes:
+    done, total, message = word
+    return encode(Kind.PROGRESS, job, a=done, b=total, body=message[:_PROGRESS_TEXT].encode(errors="replace"))
 
 
 #: The worker that this process is; ``None`` everywhere else.
