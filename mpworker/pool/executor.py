@@ -369,7 +369,9 @@ def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], e
         while futures:
             results = futures.popleft().result(None if end is None else end - monotonic())
             futures.extend(islice(rest, 1))
-            yield from results
+            results.reverse()
+            while results:  # not "yield from": a result that was taken is not ours to keep
+                yield results.pop()
     finally:
         _cancel(futures)
 
