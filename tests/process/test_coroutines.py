@@ -156,6 +156,16 @@ def test_a_coroutine_may_fork_workers_that_run_coroutines(pool: ProcessPool) -> 
     assert pool.submit(nest).result(PATIENCE) == [4, f"{LIMIT} 0", 6]
 
 
+async def note(path: Path, value: object) -> None:
+    await asyncio.sleep(0)
+    support.append(path, value)
+
+
+def test_a_callback_may_be_a_coroutine_function(pool: ProcessPool, tmp_path: Path) -> None:
+    pool.schedule(double, (4,), callback=partial(note, tmp_path / "log"))
+    assert wait_until(lambda: support.lines(tmp_path / "log"), what="the callback") == ["8"]
+
+
 async def leave_behind(then_fail: bool) -> None:
     left_behind[:] = [asyncio.create_task(wait_long())]
     await asyncio.sleep(0)
