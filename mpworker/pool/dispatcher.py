@@ -34,8 +34,6 @@ from mpworker.pool.wire import Listener, Wire
 
 #: Bytes that may wait for the parent before no new job is started.
 PARENT_HIGH_WATER = 64 << 20
-#: Likewise, before progress is not passed on any more.
-PROGRESS_HIGH_WATER = 1 << 20
 #: Seconds between checks that the parent still lives, where the kernel cannot tell us.
 _PARENT_CHECK = 0.5
 #: Reads from one worker before the others get their turn.
@@ -289,8 +287,7 @@ class Dispatcher:
         elif kind is Kind.CALL:
             self._apply(f.HookCalled(worker, frame.job, frame.flag, frame.extra, frame.body))
         elif kind is Kind.PROGRESS:
-            if self._parent.outbox.size < PROGRESS_HIGH_WATER:
-                self._parent.put(frame)
+            self._apply(f.JobProgressed(worker, frame.job, frame.a, frame.b, frame.body))
         elif kind is Kind.SOFT:
             self._apply(f.SoftLimitHit(worker, frame.job, frame.a))
         elif kind is Kind.EXPIRED:

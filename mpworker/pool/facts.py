@@ -138,6 +138,14 @@ class SoftLimitHit(NamedTuple):
     limit: float
 
 
+class JobProgressed(NamedTuple):
+    worker: int
+    job: int
+    done: float
+    total: float
+    message: bytes
+
+
 class JobExpired(NamedTuple):
     """The watchdog kills its process at the hard limit."""
 

@@ -195,9 +195,10 @@ class Worker:
         flag, body = self._run(frame)
         if os.getpid() != self._pid:
             os._exit(0)  # the task forked and its child came back here
-        with self.gate:
-            if (current := self.current) is not None and current.untold is not None:
+        if (current := self.current) is not None and current.untold is not None:
+            with self._sending:
                 self._unsent.append(_progress(job, current.untold))
+        with self.gate:
             self.current = None
             doomed = self.doomed
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one

@@ -16,7 +16,11 @@ from support import PATIENCE, Signpost, wait_until
 
 import mpworker
 from mpworker import ProcessPool, SoftTimeLimitExceeded
+from mpworker.pool import worker
 from mpworker.pool.futures import TaskFuture
+
+#: Words, of 200 bytes and more, that no line takes.
+FLOOD = 5000
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +98,6 @@ def test_a_tight_loop_is_not_held_up_and_hears_its_soft_limit(pool: ProcessPool)
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
-def tell_without_pause(number: int) -> int:
-    from mpworker.pool import worker
-
-    worker._PROGRESS_PAUSE = 0.0
-    for done in range(number):
-        mpworker.progress(done, number, "x" * 200)
-    return number
-
-
 def test_a_dispatcher_that_does_not_listen_holds_up_nobody(pool: ProcessPool, tmp_path: Path) -> None:
     """Far more than its line takes, with the rate limit taken away; afterwards the line is as good as before."""
     here, go, told = (Signpost(tmp_path / name) for name in ("here", "go", "told"))
@@ -115,13 +110,16 @@ def test_a_dispatcher_that_does_not_listen_holds_up_nobody(pool: ProcessPool, tm
         told.wait()
     finally:
         os.kill(dispatcher, signal.SIGCONT)
-    assert future.result(PATIENCE) == 5000
+    assert future.result(PATIENCE) == FLOOD
     assert future.progress is not None
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
 def flood(here: Signpost, go: Signpost, told: Signpost) -> int:
     support.meet(here, go)
-    number = tell_without_pause(5000)
+    worker._PROGRESS_PAUSE, pause = 0.0, worker._PROGRESS_PAUSE
+    for done in range(FLOOD):
+        mpworker.progress(done, FLOOD, "x" * 200)
+    worker._PROGRESS_PAUSE = pause
     told.set()
-    return number
+    return FLOOD
