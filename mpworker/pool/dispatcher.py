@@ -357,10 +357,10 @@ def _receive_boot(line: socket.socket) -> Frame | None:
 def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> None:
     """Entry of the process. The last two arguments name a template that the parent forked for us."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some while it started us
-    os.environ.pop("MPWORKER_SLOT", None)  # the parent may be a worker: its slot is none of ours
     line = socket.socket(fileno=int(fd))
     can_adopt = linux.adopt_orphans()
     fleet = Fleet()
+    os.environ.pop("MPWORKER_SLOT", None)  # the parent may be a worker: its slot is none of ours
     if template_fd.strip() and template_pid:
         fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
     set_title("mpworker: dispatcher")
