@@ -18,11 +18,10 @@ from mpworker.pool import boot as booting
 from mpworker.pool import linux, worker
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
+from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.worker import EX_UNREADY, Worker
 
-#: Tells a worker, and what it starts, its slot.
-SLOT_VARIABLE = "MPWORKER_SLOT"
 _RESET = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGTTIN", "SIGTTOU", "SIGUSR2", "SIGCHLD", "SIGALRM", "SIGCONT")
 
 

@@ -29,6 +29,7 @@ from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.nursery import Nursery
+from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.wire import Listener, Wire
 
@@ -360,7 +361,7 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
     line = socket.socket(fileno=int(fd))
     can_adopt = linux.adopt_orphans()
     fleet = Fleet()
-    os.environ.pop("MPWORKER_SLOT", None)  # the parent may be a worker: its slot is none of ours
+    os.environ.pop(SLOT_VARIABLE, None)  # the parent may be a worker: its slot is none of ours
     if template_fd.strip() and template_pid:
         fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
     set_title("mpworker: dispatcher")

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -26,14 +26,13 @@ from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
 from mpworker.pool.parcel import name_of, pack_call
+from mpworker.pool.slots import SlotEnv, variables_of_slots
 from mpworker.settings import START_METHODS
 
 if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
-Variables = Mapping[str, str | int]
-SlotEnv = Mapping[int, Variables] | Callable[[int], Variables]
 
 
 class ProcessPool(Executor):
@@ -93,7 +92,7 @@ class ProcessPool(Executor):
             max_memory=_count("max_memory_per_worker", max_memory_per_worker),
         )
         self._initializer = (initializer, initargs) if initializer else None
-        self._slot_env = _slot_env(slot_env, self._options.size)
+        self._slot_env = variables_of_slots(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()
@@ -339,25 +338,6 @@ def _limit(name: str, value: float | None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ConfigurationError(f"{name} must be a number of seconds above 0 and below 1e9, not {value!r:.40}")
     return float(value)
-
-
-def _slot_env(given: SlotEnv | None, size: int) -> dict[int, dict[str, str]]:
-    """The variables of each slot, as text."""
-    if given is None:
-        return {}
-    if not callable(given) and not isinstance(given, Mapping):
-        raise ConfigurationError(f"slot_env must be a mapping or a callable, not {given!r:.40}")
-    found = {slot: given(slot) if callable(given) else given.get(slot, {}) for slot in range(size)}
-    for slot, variables in found.items():
-        if not isinstance(variables, Mapping) or not all(map(_is_variable, variables.items())):
-            raise ConfigurationError(f"slot_env must be names and values, for slot {slot} not {variables!r:.80}")
-    return {slot: {name: str(value) for name, value in variables.items()} for slot, variables in found.items()}
-
-
-def _is_variable(item: tuple[object, object]) -> bool:
-    name, value = item
-    text = isinstance(name, str) and isinstance(value, str | int) and "\0" not in f"{name}{value}"
-    return text and name != "" and "=" not in str(name)
 
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

@@ -48,6 +48,14 @@ class Job:
     recalled: bool = False
 
 
+class Progress(NamedTuple):
+    """What a task has last said of itself, by :func:`mpworker.progress`."""
+
+    done: float
+    total: float
+    message: str
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """One child process as the ledger sees it."""

@@ -16,11 +16,12 @@ import signal
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mpworker.errors import BootError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import log_hook_failure
+from mpworker.pool.facts import Progress
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle
 from mpworker.pool.parcel import open_outcome
@@ -29,14 +30,6 @@ logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
 COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
-
-
-class Progress(NamedTuple):
-    """What a task has last said of itself, by :func:`mpworker.progress`."""
-
-    done: float
-    total: float
-    message: str
 
 
 class TaskFuture(Future[T]):

@@ -34,13 +34,13 @@ from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encod
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
+#: Seconds between two words on a job's progress, and what a word may hold.
+_PROGRESS_PAUSE = 0.1
+_PROGRESS_TEXT = 200
 #: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
 EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
-#: Seconds between two words on a job's progress, and what a word may hold.
-_PROGRESS_PAUSE = 0.1
-_PROGRESS_TEXT = 200
 
 
 @dataclass(slots=True)
