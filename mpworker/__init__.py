@@ -22,13 +22,19 @@ if TYPE_CHECKING:
     from mpworker.model import InfoTask as InfoTask
     from mpworker.model import Model as Model
     from mpworker.model import MultiProcess as MultiProcess
+    from mpworker.pool.cpus import pool_size as pool_size
     from mpworker.pool.executor import ProcessPool as ProcessPool
+    from mpworker.pool.inside import current_slot as current_slot
+    from mpworker.pool.inside import progress as progress
     from mpworker.results.query import ResultStore as ResultStore
 
 _HOME = {
     "install": "mpworker.celery.app",
     "app": "mpworker.celery.app",
     "ProcessPool": "mpworker.pool.executor",
+    "pool_size": "mpworker.pool.cpus",
+    "current_slot": "mpworker.pool.inside",
+    "progress": "mpworker.pool.inside",
     "MultiProcess": "mpworker.model",
     "InfoTask": "mpworker.model",
     "Model": "mpworker.model",

@@ -19,7 +19,7 @@ ENV_PREFIX = "MPWORKER_"
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 FSYNC = ("off", "always")
 #: Environment names that are ours without being settings of a node.
-_OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND"}
+_OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND", "MPWORKER_SLOT"}
 
 
 def default_data_dir() -> Path:

@@ -35,6 +35,8 @@ class Boot(NamedTuple):
     soft_error: bytes
     #: appended to process titles
     label: str
+    #: environment variables of each slot's worker
+    slot_env: dict[int, dict[str, str]]
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -48,6 +50,7 @@ def describe(
     soft_error: Callable[[float], BaseException] = SoftTimeLimitExceeded,
     label: str = "",
     import_main: bool = True,
+    slot_env: dict[int, dict[str, str]] | None = None,
 ) -> bytes:
     """Packs what children of this process shall do before their first task.
 
@@ -59,6 +62,7 @@ def describe(
         label: shown in ``ps`` behind the role.
         import_main: whether children import the parent's ``__main__`` (as ``__mp_main__``), so that functions
             defined in a script can be found.
+        slot_env: environment variables by slot, set in a worker before anything of the user's runs in it.
 
     Raises:
         PayloadError: one of them cannot be pickled.
@@ -76,6 +80,7 @@ def describe(
         pack(finalizer, "the finalizer") if finalizer else b"",
         pack(soft_error, "the soft limit's exception"),
         label,
+        slot_env or {},
     )
     return pickle.dumps(tuple(boot))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mpworker.errors import UnheardError
+from mpworker.pool.coroutines import settle
 from mpworker.pool.parcel import open_outcome, pack, unpack
 
 logger = logging.getLogger("mpworker.callbacks")
@@ -41,7 +42,7 @@ def run(hooks: bytes, flag: int, body: bytes) -> None:
     succeeded, value = open_outcome(flag, body)
     chosen = fitting.callback if succeeded else fitting.error_callback
     if chosen is not None:
-        chosen(value)
+        settle(chosen(value))
 
 
 def log_hook_failure(task: str, error: BaseException) -> None:

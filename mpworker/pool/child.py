@@ -18,6 +18,7 @@ from mpworker.pool import boot as booting
 from mpworker.pool import linux, worker
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
+from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.worker import EX_UNREADY, Worker
 
@@ -43,6 +44,7 @@ def become_worker(
         with contextlib.suppress(PermissionError):  # a session leader already
             os.setpgid(0, 0)
         _reset_signals()
+        _set_environment(slot, Lane(lane), boot)
         role = "callbacks" if lane == Lane.HOOKS else f"worker {slot}"
         set_title(f"mpworker: {role}{boot.label}")
         _look_like_a_child(role.replace(" ", "-"))
@@ -69,6 +71,13 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a job runs there is nothing to interrupt
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _set_environment(slot: int, lane: Lane, boot: booting.Boot) -> None:
+    os.environ.pop(SLOT_VARIABLE, None)  # of a worker that this pool was started in
+    if lane is Lane.TASKS:
+        os.environ.update(boot.slot_env.get(slot, {}))
+        os.environ[SLOT_VARIABLE] = str(slot)
 
 
 def _look_like_a_child(name: str) -> None:

@@ -29,6 +29,7 @@ from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.nursery import Nursery
+from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.wire import Listener, Wire
 
@@ -292,6 +293,8 @@ class Dispatcher:
             self._apply(f.JobReturned(worker, frame.job))
         elif kind is Kind.CALL:
             self._apply(f.HookCalled(worker, frame.job, frame.flag, frame.extra, frame.body))
+        elif kind is Kind.PROGRESS:
+            self._apply(f.JobProgressed(worker, frame.job, frame.a, frame.b, frame.body))
         elif kind is Kind.SOFT:
             self._apply(f.SoftLimitHit(worker, frame.job, frame.a))
         elif kind is Kind.EXPIRED:
@@ -363,6 +366,7 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some while it started us
     can_adopt = linux.adopt_orphans()
     fleet = Fleet()
+    os.environ.pop(SLOT_VARIABLE, None)  # the parent may be a worker: its slot is none of ours
     if template_fd.strip() and template_pid:
         fleet.adopt_template(socket.socket(fileno=int(template_fd)), int(template_pid))
     set_title("mpworker: dispatcher")

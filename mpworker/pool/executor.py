@@ -12,19 +12,25 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpworker.errors import ConfigurationError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.coroutines import settle
+from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
 from mpworker.pool.parcel import name_of, pack_call
+from mpworker.pool.slots import SlotEnv, variables_of_slots
 from mpworker.settings import START_METHODS
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -34,14 +40,18 @@ class ProcessPool(Executor):
 
     Each task may have a soft limit (an exception inside it) and a hard limit (its process is killed); a death costs the
     one task that the process was running; ``callback`` and ``error_callback`` run in a process of their own.
+    An ``async def`` function runs in its worker's one event loop, under the same limits.
     Processes start with the first task. Functions and arguments are pickled; a script guards its entry with
     ``if __name__ == "__main__":``.
 
     Args:
-        max_workers: processes; default: the CPUs this process may use.
+        max_workers: processes; default: :func:`~mpworker.pool.cpus.pool_size`.
         start_method: ``auto`` (preload in a clean process and fork from it if it is one-threaded, else spawn),
             ``fork`` (workers get this process' memory as it is at the first task), ``forkserver``, ``spawn``.
         initializer, initargs: called in each worker before its first task.
+        slot_env: environment variables of each worker: a mapping from its slot (0 to ``max_workers`` - 1, inherited by
+            its replacement) to a dict, or a callable that returns such a dict, called here for each slot, now. They
+            are set before the initializer, and with ``spawn`` before anything is imported. Values may be numbers.
         max_tasks_per_worker: tasks after which a worker is replaced.
         max_memory_per_worker: peak memory in bytes after which a worker is replaced, between tasks.
         timeout, soft_timeout: limits in seconds for tasks that bring none of their own.
@@ -60,6 +70,7 @@ class ProcessPool(Executor):
         start_method: str = "auto",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        slot_env: SlotEnv | None = None,
         max_tasks_per_worker: int | None = None,
         max_memory_per_worker: int | None = None,
         timeout: float | None = None,
@@ -73,7 +84,7 @@ class ProcessPool(Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         self._options = PoolOptions(
-            size=_count("max_workers", max_workers) or handles.default_size(),
+            size=_count("max_workers", max_workers) or pool_size(),
             start_method=start_method,
             ready_timeout=_limit("ready_timeout", ready_timeout),
             callback_limit=_limit("callback_timeout", callback_timeout),
@@ -81,16 +92,18 @@ class ProcessPool(Executor):
             max_memory=_count("max_memory_per_worker", max_memory_per_worker),
         )
         self._initializer = (initializer, initargs) if initializer else None
+        self._slot_env = variables_of_slots(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._core: Results | None = None
+        self._submitter: ThreadPoolExecutor | None = None
         self._closed = False
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture[T]:
         """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise."""
         return self.schedule(fn, args, kwargs)
 
@@ -104,7 +117,7 @@ class ProcessPool(Executor):
         soft_timeout: float | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
-    ) -> Future[T]:
+    ) -> TaskFuture[T]:
         """Runs ``fn(*args, **kwargs)`` in a worker.
 
         Args:
@@ -114,7 +127,8 @@ class ProcessPool(Executor):
             error_callback: called there with the exception, however the task failed. Exactly one of the two runs.
 
         Returns:
-            a future; its ``cancel()`` also ends a running task.
+            a future; its ``cancel()`` also ends a running task, and its ``progress`` is what the task has last told
+            by :func:`mpworker.progress`: ``done``, ``total``, ``message``, or ``None``.
 
         Raises:
             PayloadError: the call cannot be pickled.
@@ -127,7 +141,62 @@ class ProcessPool(Executor):
         body, hooks = pack_call(fn, tuple(args), kwargs or {}), pack_hooks(callback, error_callback)
         return self._send(body, soft, hard, hooks, name_of(fn) if hooks else "")
 
-    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture:
+    async def run(
+        self,
+        fn: Callable[..., T],
+        /,
+        *args: Any,
+        kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+        soft_timeout: float | None = None,
+        callback: Callback | None = None,
+        error_callback: Callback | None = None,
+    ) -> T:
+        """Runs ``fn(*args, **kwargs)`` in a worker; to be awaited. Arguments and errors as those of :meth:`schedule`.
+
+        Cancelling the awaiting task cancels the work too, also while it runs. With ``max_pending`` the wait for room
+        does not block the event loop.
+        """
+        import asyncio
+
+        call = partial(
+            self.schedule,
+            fn,
+            args,
+            kwargs,
+            timeout=timeout,
+            soft_timeout=soft_timeout,
+            callback=callback,
+            error_callback=error_callback,
+        )
+        future = await self._patiently(call) if self._max_pending else call()
+        loop = asyncio.get_running_loop()
+        # Not wrap_future: some exceptions, such as StopIteration, cannot be set on a future of asyncio.
+        done = asyncio.Event()
+        future.add_done_callback(lambda _: _wake(loop, done))
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        return future.result()
+
+    async def _patiently(self, call: Callable[[], Future[T]]) -> Future[T]:
+        """Submits from a thread, which may wait for room; a single one, so that those who wait keep their order."""
+        import asyncio
+
+        self._started()  # after a fork, too: the thread is the parent's
+        with self._lock:
+            if self._submitter is None:
+                self._submitter = ThreadPoolExecutor(1, "mpworker-submitter")
+        submission = self._submitter.submit(call)
+        try:
+            return await asyncio.wrap_future(submission)
+        except asyncio.CancelledError:
+            submission.add_done_callback(_cancel_submitted)  # the thread may be at it
+            raise
+
+    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture[Any]:
         core = self._started()
         in_callback = threading.current_thread() is core.thread
         if core.slots is not None and not core.slots.acquire(blocking=not in_callback):
@@ -135,7 +204,8 @@ class ProcessPool(Executor):
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
-                future = core.futures[job] = TaskFuture(core, job)
+                future: TaskFuture[Any] = TaskFuture(core, job)
+                core.futures[job] = future
                 if name:
                     core.names[job] = name
                 core.counts["submitted"] += 1
@@ -196,11 +266,12 @@ class ProcessPool(Executor):
         if self._owner != os.getpid():
             # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
             self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
+            self._submitter = None
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._core is None:
-                handle = handles.make(self._options, initializer=self._initializer)
+                handle = handles.make(self._options, initializer=self._initializer, slot_env=self._slot_env)
                 handle.start()
                 core = self._core = Results(handle, self._max_pending)
                 core.start()
@@ -219,6 +290,8 @@ class ProcessPool(Executor):
         with self._lock:
             self._closed = True
             core = self._core
+            if self._submitter is not None:
+                self._submitter.shutdown(wait=False)
         if core is None:
             return
         if cancel_futures:
@@ -234,16 +307,18 @@ class ProcessPool(Executor):
 
         Returns:
             counts of ``submitted``, ``done``, ``failed``, ``timed_out``, ``lost``, ``cancelled``; ``pending`` and
-            ``running`` now; ``dispatcher`` (pid) and ``workers`` (dicts with ``pid``, ``slot`` and ``lane``: 0 for
-            workers, 1 for the callback process).
+            ``running`` now; ``progress`` of running tasks by job number; ``dispatcher`` (pid) and ``workers`` (dicts
+            with ``pid``, ``slot`` and ``lane``: 0 for workers, 1 for the callback process).
         """
         core = self._core
         if core is None:
-            return {**dict.fromkeys(COUNTS, 0), "pending": 0, "running": 0, "dispatcher": None, "workers": []}
+            nothing: dict[str, Any] = {"pending": 0, "running": 0, "progress": {}, "dispatcher": None, "workers": []}
+            return {**dict.fromkeys(COUNTS, 0), **nothing}
         return {
             **core.counts,
             "pending": core.handle.pending,
             "running": len(core.running),
+            "progress": core.progress(),
             "dispatcher": core.handle.pid,
             "workers": list(core.handle.workers),
         }
@@ -266,7 +341,7 @@ def _limit(name: str, value: float | None) -> float:
 
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
+    return [settle(fn(*args)) for args in chunk]
 
 
 def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], end: float | None) -> Iterator[T]:
@@ -274,9 +349,21 @@ def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], e
         while futures:
             results = futures.popleft().result(None if end is None else end - monotonic())
             futures.extend(islice(rest, 1))
-            yield from results
+            results.reverse()
+            while results:  # not "yield from": a result that was taken is not ours to keep
+                yield results.pop()
     finally:
         _cancel(futures)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has been closed
+        loop.call_soon_threadsafe(event.set)
+
+
+def _cancel_submitted(submission: Future[Future[Any]]) -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        submission.result().cancel()
 
 
 def _cancel(futures: Iterable[Future[Any]]) -> None:

@@ -48,6 +48,14 @@ class Job:
     recalled: bool = False
 
 
+class Progress(NamedTuple):
+    """What a task has last said of itself, by :func:`mpworker.progress`."""
+
+    done: float
+    total: float
+    message: str
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """One child process as the ledger sees it."""
@@ -136,6 +144,14 @@ class SoftLimitHit(NamedTuple):
     worker: int
     job: int
     limit: float
+
+
+class JobProgressed(NamedTuple):
+    worker: int
+    job: int
+    done: float
+    total: float
+    message: bytes
 
 
 class JobExpired(NamedTuple):

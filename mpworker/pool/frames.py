@@ -57,6 +57,7 @@ class Kind(IntEnum):
     CALL = 33  # job, flag: outcome kind, extra: hooks, body: outcome; runs when the job is done
     DONE = 34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome
     RETURNED = 35  # job: one that was not started
+    PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
     # dispatcher → parent

@@ -16,21 +16,23 @@ import signal
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, TypeVar
 
 from mpworker.errors import BootError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import log_hook_failure
+from mpworker.pool.facts import Progress
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle
 from mpworker.pool.parcel import open_outcome
 
 logger = logging.getLogger("mpworker.pool")
+T = TypeVar("T")
 COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 
 
-class TaskFuture(Future[Any]):
+class TaskFuture(Future[T]):
     """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced."""
 
     def __init__(self, core: Results, job: int) -> None:
@@ -38,6 +40,8 @@ class TaskFuture(Future[Any]):
         self._core = core
         #: the job's number in its pool
         self.job = job
+        #: how far the task is, as far as is known here; ``None`` if it has said nothing
+        self.progress: Progress | None = None
 
     def cancel(self) -> bool:
         """Cancels the task, started or not; the future is cancelled at once.
@@ -82,7 +86,7 @@ class Results:
     def __init__(self, handle: Handle, max_pending: int | None) -> None:
         self.handle = handle
         self.owner = os.getpid()
-        self.futures: dict[int, TaskFuture] = {}
+        self.futures: dict[int, TaskFuture[Any]] = {}
         #: of jobs with callbacks, for the log
         self.names: dict[int, str] = {}
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -149,6 +153,9 @@ class Results:
                 future.begin()
         elif kind is Kind.DONE or kind is Kind.ENDED:
             self._on_end(frame)
+        elif kind is Kind.PROGRESS:
+            if (future := self.futures.get(frame.job)) is not None:
+                future.progress = Progress(frame.a, frame.b, frame.body.decode(errors="replace"))
         elif kind is Kind.HOOK_ENDED:
             self._on_hook_ended(frame)
         elif kind is Kind.LOG:
@@ -176,6 +183,11 @@ class Results:
         succeeded, error = open_outcome(frame.flag, frame.body)
         if not succeeded:
             log_hook_failure(f"{name}[{frame.job}]", error)
+
+    def progress(self) -> dict[int, Progress]:
+        """Of each running job that has told its progress."""
+        futures = {job: self.futures.get(job) for job in list(self.running)}
+        return {job: future.progress for job, future in futures.items() if future and future.progress}
 
     def fail_all(self) -> None:
         """The thread has ended: nobody else will settle these."""

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import select
 import signal
 import socket
@@ -233,7 +232,7 @@ class Handle:
     def drain(self) -> Iterator[Frame]:
         """Yields what has happened since. Never blocks.
 
-        That is STARTED, SOFT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
+        That is STARTED, SOFT, PROGRESS, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
@@ -274,7 +273,7 @@ class Handle:
             return False
         elif kind is Kind.HOOK_ENDED:
             self._hooked.pop(frame.job, None)
-        elif kind is Kind.SOFT:
+        elif kind in (Kind.SOFT, Kind.PROGRESS):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
             self.workers = json.loads(frame.body)
@@ -406,8 +405,3 @@ def verdict_of(frame: Frame) -> tuple[JobState, dict[str, Any]]:
 def make(options: PoolOptions, **description: Any) -> Handle:
     """A handle whose children are described by the keywords of :func:`mpworker.pool.boot.describe`."""
     return Handle(options, booting.describe(label=options.label, **description))
-
-
-def default_size() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

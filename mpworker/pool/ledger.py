@@ -77,6 +77,7 @@ class Ledger:
             f.WorkerUnready: self._unready,
             f.JobStarted: self._started,
             f.SoftLimitHit: self._soft,
+            f.JobProgressed: self._progressed,
             f.JobExpired: self._expired,
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
@@ -246,6 +247,10 @@ class Ledger:
         job = self.jobs.get(event.job)
         if job is not None and job.lane is Lane.TASKS:
             self._tell(Kind.SOFT, job.id, a=event.limit)
+
+    def _progressed(self, event: f.JobProgressed, now: float) -> None:
+        if self._running(event) is not None and not self._parent_is_full:  # nobody needs it as much as its memory
+            self._tell(Kind.PROGRESS, event.job, a=event.done, b=event.total, body=event.message)
 
     def _expired(self, event: f.JobExpired, now: float) -> None:
         if (found := self._running(event)) is not None:

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from types import FrameType
@@ -27,12 +28,15 @@ from typing import Any, NoReturn
 
 from mpworker.errors import PayloadError
 from mpworker.pool import boot as booting
-from mpworker.pool import callbacks, linux
+from mpworker.pool import callbacks, coroutines, linux
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
+#: Seconds between two words on a job's progress, and what a word may hold.
+_PROGRESS_PAUSE = 0.1
+_PROGRESS_TEXT = 200
 #: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
 EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
@@ -53,6 +57,9 @@ class Current:
     batched: bool
     #: it runs for so long that they have been handed back
     long: bool = False
+    #: when it may tell its progress again, and what it has not told since
+    tell_at: float = 0.0
+    untold: tuple[float, float, str] | None = None
 
 
 class Worker:
@@ -107,6 +114,7 @@ class Worker:
         if boot.finalizer:
             function, args = pickle.loads(boot.finalizer)
             function(*args)
+        coroutines.close()
 
     def _next(self) -> Frame | None:
         """The next job; blocks. ``None`` when there will be none."""
@@ -149,11 +157,15 @@ class Worker:
             os._exit(EX_UNREADY)
 
     def send_now(self, frame: bytes, patience: float) -> bool:
-        """From the watchdog, which must not wait long: one small frame, or not at all."""
+        """From who must not wait long: one small frame, or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            return self.data.send(frame, socket.MSG_DONTWAIT) == len(frame)
+            if self._unsent:
+                return False
+            if (sent := self.data.send(frame, socket.MSG_DONTWAIT)) < len(frame):
+                self._unsent.append(frame[sent:])
+            return True
         except OSError:
             return False
         finally:
@@ -183,6 +195,9 @@ class Worker:
         flag, body = self._run(frame)
         if os.getpid() != self._pid:
             os._exit(0)  # the task forked and its child came back here
+        if (current := self.current) is not None and current.untold is not None:
+            with self._sending:
+                self._unsent.append(_progress(job, current.untold))
         with self.gate:
             self.current = None
             doomed = self.doomed
@@ -215,7 +230,7 @@ class Worker:
                     callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
                     function, args, kwargs = self._unpack_call(frame.body)
-                    value = function(*args, **kwargs)
+                    value = coroutines.settle(function(*args, **kwargs))
                     del function, args, kwargs
             finally:
                 self._interruptible = False
@@ -234,14 +249,36 @@ class Worker:
         """
         if self.current is None:
             return
-        interruptible, self._interruptible = self._interruptible, False  # the soft limit must not cut a frame in two
-        try:  # sent now: should this process die before DONE, the task has ended all the same
+        with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+
+    def tell_progress(self, done: float, total: float, message: str) -> None:
+        """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
+        current, word = self.current, (float(done), float(total), str(message))
+        if current is None:
+            return
+        current.untold = word
+        if (now := time.monotonic()) < current.tell_at:
+            return
+        current.tell_at = now + _PROGRESS_PAUSE
+        with self._uninterrupted():
+            if self.send_now(_progress(current.job, word), 0.0):
+                current.untold = None
+
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """The soft limit must not cut a frame in two; it follows at once."""
+        if threading.current_thread() is not threading.main_thread():  # where signals do not come
+            yield
+            return
+        interruptible, self._interruptible = self._interruptible, False
+        try:
+            yield
         finally:
             self._interruptible = interruptible
         if interruptible and self._soft_due:
             self._soft_due = False
-            self._raise_soft()
+            self._on_soft_limit(signal.SIGUSR1, sys._getframe())
 
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
@@ -287,15 +324,19 @@ class Worker:
     def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
         if self.current is None or os.getpid() != self._pid:
             return
-        if self._interruptible:
+        if not self._interruptible:
+            self._soft_due = True  # the task is about to begin, or has just ended
+        elif not coroutines.interrupt(frame, self._soft_exception):
             self._raise_soft()
-        self._soft_due = True  # the task is about to begin, or has just ended
 
     def _raise_soft(self) -> NoReturn:
+        raise self._soft_exception()
+
+    def _soft_exception(self) -> BaseException:
         current = self.current
-        self._soft_raised = self._soft_error(current.soft if current and current.soft else None)
-        assert self._soft_raised is not None
-        raise self._soft_raised
+        error: BaseException = self._soft_error(current.soft if current and current.soft else None)
+        self._soft_raised = error
+        return error
 
     def _unpack_call(self, body: bytes) -> Any:
         try:
@@ -306,8 +347,21 @@ class Worker:
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
 
 
+def _progress(job: int, word: tuple[float, float, str]) -> bytes:
+    done, total, message = word
+    return encode(Kind.PROGRESS, job, a=done, b=total, body=message[:_PROGRESS_TEXT].encode(errors="replace"))
+
+
 #: The worker that this process is; ``None`` everywhere else.
 this_worker: Worker | None = None
+
+
+def task_worker() -> Worker | None:
+    """The worker that this process is; ``None`` in one that a worker forked, and in the callback process."""
+    worker = this_worker
+    if worker is None or worker._pid != os.getpid() or worker.lane is not Lane.TASKS:
+        return None
+    return worker
 
 
 def process_name() -> str:

@@ -363,6 +363,12 @@ BAD = [
     ({"max_pending": 0}, "max_pending"),
     ({"callback_timeout": 0}, "callback_timeout"),
     ({"ready_timeout": -1}, "ready_timeout"),
+    ({"max_workers": 1, "slot_env": {0: {"A=B": "x"}}}, "slot_env"),
+    ({"max_workers": 1, "slot_env": {0: {"": "x"}}}, "slot_env"),
+    ({"max_workers": 1, "slot_env": {0: {"A": None}}}, "slot_env"),
+    ({"max_workers": 1, "slot_env": lambda slot: {"A": "\0"}}, "slot_env"),
+    ({"max_workers": 1, "slot_env": lambda slot: None}, "slot_env"),
+    ({"max_workers": 1, "slot_env": [{}]}, "slot_env"),
 ]
 
 

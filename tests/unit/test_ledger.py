@@ -183,7 +183,7 @@ def test_a_job_is_given_out_starts_and_ends(world: World) -> None:
     assert world.ledger.late == 0
 
 
-@pytest.mark.parametrize("again", ["done", "started", "returned", "expired", "cancelled"])
+@pytest.mark.parametrize("again", ["done", "started", "returned", "expired", "progressed", "cancelled"])
 def test_what_comes_after_the_end_is_counted_and_dropped(world: World, again: str) -> None:
     world.submit(7, hard=1.0, hooks=b"hooks")
     world.begin(0)
@@ -194,6 +194,7 @@ def test_what_comes_after_the_end_is_counted_and_dropped(world: World, again: st
         "started": f.JobStarted(0, 7, world.now),
         "returned": f.JobReturned(0, 7),
         "expired": f.JobExpired(0, 7),
+        "progressed": f.JobProgressed(0, 7, 1.0, 2.0, b""),
         "cancelled": f.Cancelled(7, signal.SIGTERM, 0.5),
     }[again]
     assert world.tell(event) == []
@@ -218,6 +219,7 @@ def test_a_worker_speaks_only_for_its_own_job() -> None:
         f.WorkerReady(99, 1),
         f.WorkerFaulty(99, "?"),
         f.HookCalled(1 - owner, 7, 0, b"", b""),
+        f.JobProgressed(1 - owner, 7, 1.0, 2.0, b""),
     ):
         assert world.tell(event) == []
     world.end(owner)
@@ -353,6 +355,15 @@ def test_a_pause_holds_jobs_back_and_its_end_lets_them_go(world: World) -> None:
     assert not world.workers[0].inbox
     world.tell(f.Paused(False))
     assert [job.id for job in world.workers[0].inbox] == [7]
+
+
+def test_a_parent_that_does_not_read_is_told_of_no_progress(world: World) -> None:
+    world.submit(7)
+    world.begin(0)
+    for full in (False, True, False):
+        world.tell(f.Paused(full))
+        told = [action.frame for action in world.tell(f.JobProgressed(0, 7, 1.0, 2.0, b"text"))]
+        assert told == ([] if full else [Frame(Kind.PROGRESS, 7, 0, 1.0, 2.0, b"", b"text")])
 
 
 def test_no_task_starts_while_outcomes_pile_up_before_the_callback_process(

@@ -108,5 +108,6 @@ def test_an_include_that_is_no_list_is_one_line_too(value: object) -> None:
 
 def test_unknown_variables_are_told() -> None:
     environ = {"MPWORKER_INCLDUE": "x", "MPWORKER_INCLUDE": "a", "MPWORKER_BROKER_URL": "b", "HOME": "c"}
+    environ["MPWORKER_SLOT"] = "0"  # of the worker that a node was started in
     (line,) = unknown_variables(environ)
     assert line == "nothing reads the environment variable MPWORKER_INCLDUE; did you mean MPWORKER_INCLUDE?"
