@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mpworker.errors import ConfigurationError, UnheardError
+from mpworker.pool.coroutines import settle
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -204,7 +205,7 @@ class ModelCall:
         """
         hook = getattr(self._instance(), which, None)
         if hook is not None:
-            hook(value)
+            settle(hook(value))
         elif isinstance(value, BaseException):
             raise UnheardError(f"{type(value).__name__}: {value}")
 

@@ -13,11 +13,13 @@ from functools import partial
 from typing import Any
 
 from celery import current_app, signals, states
+from celery.backends.base import DisabledBackend
 from celery.exceptions import TaskRevokedError
 
 from mpworker.errors import PayloadError
 from mpworker.pool import worker as pool_worker
 from mpworker.pool.callbacks import log_hook_failure, pack_hooks
+from mpworker.pool.coroutines import settle
 from mpworker.pool.frames import Frame
 from mpworker.pool.handle import Handle
 from mpworker.pool.parcel import Outcome, open_outcome, pack_error, pack_outcome
@@ -51,7 +53,7 @@ def call_hook(name: str, which: str, value: Any) -> None:
     """In the callback process: calls the hook of a task, if it has that one."""
     hook = find_hook(current_app.tasks[name], which)
     if hook is not None:
-        hook(value)
+        settle(hook(value))
 
 
 def _refuse(error: BaseException) -> None:
@@ -150,6 +152,8 @@ class ParentHooks:
         says nothing; nor had the process asked for the callback, if the two came too close together."""
         if task_id == self._spoken or task_id in self._asked or find_hook(task, CALLBACK) is None:
             return
+        if task.ignore_result or isinstance(task.backend, DisabledBackend):
+            return  # nothing is stored that could be asked
         try:
             meta = task.backend.get_task_meta(task_id, cache=False)
         except Exception as exc:

@@ -5,6 +5,8 @@ Owns how a soft limit gets into a coroutine that waits. Never imports :mod:`asyn
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Callable, Generator
 from types import CoroutineType, FrameType, coroutine
@@ -13,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import asyncio
 
+logger = logging.getLogger("mpworker.pool")
+
+#: Seconds for what is left in the loop when its process leaves.
+_FAREWELL = 0.5
 #: by pid: a fork inherits one that it must neither use nor close
 _loops: dict[int, _Loop] = {}
 
@@ -26,7 +32,7 @@ def settle(value: Any) -> Any:
     if not isinstance(value, CoroutineType):
         return value
     try:
-        if (loop := _loops.get(os.getpid())) is None:
+        if (loop := _loops.get(os.getpid())) is None or loop.is_closed():
             loop = _loops[os.getpid()] = _Loop()
         return loop.run(value)
     finally:
@@ -48,9 +54,9 @@ def interrupt(frame: FrameType | None, error: Callable[[], BaseException]) -> bo
 
 
 def close() -> None:
-    """Ends the loop: cancels what is left in it."""
-    if (loop := _loops.pop(os.getpid(), None)) is not None:
-        loop.runner.close()
+    """Before the process ends: what is left in the loop is cancelled, and gets a moment to clean up."""
+    if (loop := _loops.pop(os.getpid(), None)) is not None and not loop.is_closed():
+        loop.say_goodbye()
 
 
 class _Loop:
@@ -64,14 +70,36 @@ class _Loop:
         #: what the coroutine shall hear when it wakes up next
         self._due: Callable[[], BaseException] | None = None
 
+    def is_closed(self) -> bool:
+        """A task may have done that: the loop is the current one of its thread."""
+        return self.runner.get_loop().is_closed()
+
+    def say_goodbye(self) -> None:
+        # Not runner.close(): that waits for whatever does not mind being cancelled, and for threads.
+        import asyncio
+
+        loop = self.runner.get_loop()
+        with contextlib.suppress(BaseException):
+            if left := self._all_tasks(loop):
+                for task in left:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(left, timeout=_FAREWELL))
+            loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), _FAREWELL))
+
     def run(self, coroutine: CoroutineType[Any, Any, Any]) -> Any:
         loop = self.runner.get_loop()
         before = self._all_tasks(loop)
         self._due, self._coroutine = None, coroutine
         main = self._main = loop.create_task(self._driven(coroutine))
         try:
-            return loop.run_until_complete(main)
-        except BaseException:
+            while True:
+                try:
+                    return loop.run_until_complete(main)
+                except (SystemExit, KeyboardInterrupt) as exc:
+                    if main.done() or not any(_ended_with(task, exc) for task in before):
+                        raise
+                    logger.error("what an earlier task had left in the event loop ended with %r", exc)
+        except BaseException as exc:
             self._main = None
             for task in self._all_tasks(loop) - before:
                 task.cancel()
@@ -79,6 +107,8 @@ class _Loop:
             loop.run_forever()
             if main.done() and not main.cancelled():
                 main.exception()  # it has been heard, also where it came out of the loop itself
+            if main.cancelled():  # by itself: as it stands, it would cancel whoever awaits the outcome
+                raise RuntimeError("the coroutine was cancelled from within") from exc
             raise
         finally:
             self._main = self._coroutine = None
@@ -121,6 +151,10 @@ class _Loop:
                 error, self._due = self._due(), None
                 if type(value) is not type(error):  # else what it waited for was interrupted itself
                     step, value = inner.throw, error
+
+
+def _ended_with(task: asyncio.Task[Any], exc: BaseException) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is exc
 
 
 def _is_below(frame: FrameType | None, coroutine: Any) -> bool:

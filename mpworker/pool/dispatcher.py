@@ -364,6 +364,7 @@ def _receive_boot(line: socket.socket) -> Frame | None:
 def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> None:
     """Entry of the process. The last two arguments name a template that the parent forked for us."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent may have blocked some while it started us
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     can_adopt = linux.adopt_orphans()
     fleet = Fleet()
     os.environ.pop(SLOT_VARIABLE, None)  # the parent may be a worker: its slot is none of ours

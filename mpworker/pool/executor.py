@@ -176,7 +176,7 @@ class ProcessPool(Executor):
         future.add_done_callback(lambda _: _wake(loop, done))
         try:
             await done.wait()
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or given up by whoever awaited it
             future.cancel()
             raise
         return future.result()

@@ -148,7 +148,8 @@ class Handle:
     def kill(self) -> None:
         """The last resort: drops the line; the dispatcher ends everything and itself. Waits for it, a few seconds."""
         self.finished = True
-        line, self._line = self._line, None  # at once: another thread may be at it
+        with self._mutex:  # a new dispatcher may be about to be started
+            line, self._line = self._line, None  # at once: another thread may be at it
         if line is not None:
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)  # a fork of ours may hold it too
@@ -306,6 +307,8 @@ class Handle:
         logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
         time.sleep(_PAUSES[min(self._restarts, len(_PAUSES)) - 1])
         with self._mutex:
+            if self.finished:  # killed meanwhile
+                return
             if not self._restart():
                 self.finished = True
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
@@ -324,6 +327,8 @@ class Handle:
 
     def _restart(self) -> bool:
         for _ in range(_START_TRIES):
+            if self.finished:
+                break
             try:
                 self.start()
                 return True

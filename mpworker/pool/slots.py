@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 from mpworker.errors import ConfigurationError
@@ -31,5 +32,10 @@ def variables_of_slots(given: SlotEnv | None, size: int) -> dict[int, dict[str, 
 
 def _is_variable(item: tuple[object, object]) -> bool:
     name, value = item
-    text = isinstance(name, str) and isinstance(value, str | int) and "\0" not in f"{name}{value}"
-    return text and name != "" and "=" not in str(name)
+    if not isinstance(name, str) or not isinstance(value, str | int):
+        return False
+    try:
+        text = os.fsencode(f"{name}{value}")
+    except UnicodeEncodeError:
+        return False
+    return name != "" and "=" not in name and b"\0" not in text

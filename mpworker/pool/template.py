@@ -6,6 +6,7 @@ Owns the forking. Runs the preload and nothing else of the user's; never runs a 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 
@@ -32,6 +33,7 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         dispatcher: its pid; the workers become its children.
         preload: ``False`` in a fork of the parent: everything is loaded already.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's SIG_IGN is inherited, and then nobody can be waited for
     frame, _ = _receive(line)
     if frame is None or frame.kind is not Kind.BOOT:
         return

@@ -196,8 +196,10 @@ class Worker:
         if os.getpid() != self._pid:
             os._exit(0)  # the task forked and its child came back here
         if (current := self.current) is not None and current.untold is not None:
-            with self._sending:
-                self._unsent.append(_progress(job, current.untold))
+            with self._sending:  # another thread of the task may be about to send it
+                word, current.untold = current.untold, None
+                if word is not None:
+                    self._unsent.append(_progress(job, word))
         with self.gate:
             self.current = None
             doomed = self.doomed
@@ -212,7 +214,8 @@ class Worker:
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
-            self._unsent.append(head + body)
+            with self._sending:
+                self._unsent.append(head + body)
         elif len(body) < _JOIN_BELOW:
             self.send(head + body)
         else:
@@ -262,7 +265,7 @@ class Worker:
             return
         current.tell_at = now + _PROGRESS_PAUSE
         with self._uninterrupted():
-            if self.send_now(_progress(current.job, word), 0.0):
+            if self.send_now(_progress(current.job, word), 0.0) and current.untold is word:
                 current.untold = None
 
     @contextlib.contextmanager

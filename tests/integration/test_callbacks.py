@@ -103,6 +103,12 @@ def test_after_a_process_that_stored_its_success_and_was_killed(shop):
     assert (note["kind"], note["of"]) == ("callback", "stored")
 
 
+def test_a_coroutine_function(shop):
+    before = told(shop)
+    send(shop, "hooked_later", "in the end").get(timeout=PATIENCE)
+    assert only(shop, before)["of"] == "in the end"
+
+
 def test_after_a_hard_limit(shop):
     before = told(shop)
     with pytest.raises(Exception, match=r"0\.5"):

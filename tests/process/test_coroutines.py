@@ -64,9 +64,60 @@ def test_coroutine_functions_are_submitted_scheduled_and_mapped(pool: ProcessPoo
 
 def test_a_worker_has_one_loop_whatever_leaves_it(pool: ProcessPool) -> None:
     before = pool.submit(which_loop).result(PATIENCE)
-    for kind in (SystemExit, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit):
+    for kind in (SystemExit, KeyboardInterrupt, GeneratorExit):
         assert type(pool.submit(leave_by, kind).exception(PATIENCE)) is kind
+    # As it stands it would say that somebody has cancelled the future, or whoever awaits that.
+    assert type(pool.submit(leave_by, asyncio.CancelledError).exception(PATIENCE)) is RuntimeError
     assert pool.submit(which_loop).result(PATIENCE) == before
+
+
+def close_the_loop() -> None:
+    asyncio.get_event_loop_policy().get_event_loop().close()  # as many a script does
+
+
+def test_a_loop_that_a_task_has_closed_is_replaced(pool: ProcessPool) -> None:
+    pid, _ = pool.submit(which_loop).result(PATIENCE)
+    pool.submit(close_the_loop).result(PATIENCE)
+    assert pool.submit(which_loop).result(PATIENCE)[0] == pid
+
+
+async def leave_a_bomb() -> None:
+    async def explode() -> None:
+        await asyncio.sleep(0)
+        raise SystemExit(9)
+
+    left_behind.append(asyncio.create_task(explode()))
+
+
+def test_what_a_task_has_left_in_the_loop_costs_nobody_else_anything() -> None:
+    with ProcessPool(1) as pool:
+        pool.submit(leave_a_bomb).result(PATIENCE)
+        assert [pool.submit(double, number).result(PATIENCE) for number in range(3)] == [0, 2, 4]
+
+
+def test_a_worker_leaves_without_what_does_not_want_to_end(tmp_path: Path) -> None:
+    script = """
+import asyncio, os
+from mpworker.pool import coroutines
+
+async def stay():
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            pass
+
+async def leave_a_mule():
+    global mule
+    mule = asyncio.create_task(stay())
+    await asyncio.sleep(0)
+
+coroutines.settle(leave_a_mule())
+coroutines.close()
+print("left", flush=True)
+os._exit(0)
+"""
+    assert support.run_script(script, tmp_path).out == "left\n"
 
 
 async def wait_long() -> None:

@@ -225,6 +225,21 @@ if __name__ == "__main__":
     assert (ended.code, ended.out, ended.err) == (0, "1\n", "")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parent_that_ignores_its_children_has_a_pool_all_the_same(method: str, tmp_path: Path) -> None:
+    script = """
+import logging, signal, sys, support
+from mpworker import ProcessPool
+if __name__ == "__main__":
+    logging.basicConfig()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # inherited by all that it starts
+    with ProcessPool(1, start_method=sys.argv[1]) as pool:
+        print(pool.submit(support.give, 1).result(30))
+"""
+    ended = support.run_script(script, tmp_path, method)
+    assert (ended.code, ended.out, ended.err) == (0, "1\n", "")
+
+
 @pytest.mark.parametrize("method", ["auto", "fork"])
 def test_where_orphans_cannot_be_adopted_workers_are_spawned(method: str, tmp_path: Path) -> None:
     """As on macOS, or where a filter of system calls refuses it."""

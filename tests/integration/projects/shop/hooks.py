@@ -1,5 +1,6 @@
 """Tasks with ``callback`` and ``error_callback``."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -61,6 +62,16 @@ class ShortLived(Task):
 
 @app.task(base=ShortLived, callback=told, error_callback=told_error)
 def last_words(value):
+    return value
+
+
+async def told_later(result):
+    await asyncio.sleep(0)
+    told(result)
+
+
+@app.task(callback=told_later)
+def hooked_later(value):
     return value
 
 
