@@ -128,6 +128,7 @@ class Watchdog(threading.Thread):
             elif signum == signal.SIGUSR1:
                 worker.interrupt()
             elif signum:
+                worker.send_now(b"", 0.1)  # the end of the job before this one may still wait for company
                 os.killpg(os.getpgrp(), signum)
         if returned:
             self._give_back([frame.job])

@@ -157,14 +157,13 @@ class Worker:
             os._exit(EX_UNREADY)
 
     def send_now(self, frame: bytes, patience: float) -> bool:
-        """From who must not wait long: one small frame, or not at all."""
+        """From who must not wait long: what waited for company, and one small frame; or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            if self._unsent:
-                return False
-            if (sent := self.data.send(frame, socket.MSG_DONTWAIT)) < len(frame):
-                self._unsent.append(frame[sent:])
+            if data := b"".join((*self._unsent, frame)):
+                sent = self.data.send(data, socket.MSG_DONTWAIT)
+                self._unsent = [data[sent:]] if sent < len(data) else []
             return True
         except OSError:
             return False

@@ -90,13 +90,17 @@ def test_a_future_tells_its_state(pool: ProcessPool, gate: Gate) -> None:
     assert isinstance(failed.exception(0), ValueError)
 
 
-def test_threads_may_submit_at_the_same_time(pool: ProcessPool) -> None:
+def test_threads_may_submit_and_cancel_at_the_same_time(pool: ProcessPool) -> None:
     def submit_many(start: int) -> int:
         futures = [pool.submit(support.give, start + number) for number in range(200)]
-        return sum(future.result(PATIENCE) == start + number for number, future in enumerate(futures))
+        dropped = {future for future in futures[::7] if future.cancel()}
+        return sum(future.result(PATIENCE) == start + n for n, future in enumerate(futures) if future not in dropped)
 
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(submit_many, range(0, 8000, 1000))) == [200] * 8
+        counts = list(threads.map(submit_many, range(0, 8000, 1000)))
+    assert min(counts) >= 200 - 29
+    wait_until(lambda: not pool.stats()["pending"], what="everything has ended")
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
 # -- map -------------------------------------------------------------------------------------------------------------
