@@ -134,12 +134,18 @@ def test_after_the_workers_death(shop, how):
     assert (note["kind"], note["type"]) == ("error_callback", "WorkerLostError")
 
 
-def test_after_the_dispatchers_death(shop):
+def asleep(shop):
+    """A task that runs, and does not end by itself."""
     _, node, _ = shop
-    before = told(shop)
     runs = len(node.notes.read("run", action="sleep"))
     result = send(shop, "hooked", "sleep")
     node.notes.wait("run", runs + 1, action="sleep")
+    return result
+
+
+def test_after_the_dispatchers_death(shop):
+    _, node, _ = shop
+    before, result = told(shop), asleep(shop)
     os.kill(node.pids("mpworker: dispatcher")[0], signal.SIGKILL)
     with pytest.raises(Exception, match="Worker exited prematurely"):
         result.get(timeout=PATIENCE)
@@ -148,11 +154,8 @@ def test_after_the_dispatchers_death(shop):
 
 
 def test_after_revoke_terminate(shop):
-    _, node, client = shop
-    before = told(shop)
-    runs = len(node.notes.read("run", action="sleep"))
-    result = send(shop, "hooked", "sleep")
-    node.notes.wait("run", runs + 1, action="sleep")
+    _, _, client = shop
+    before, result = told(shop), asleep(shop)
     client.control.revoke(result.id, terminate=True, reply=True, timeout=PATIENCE, limit=1)
     note = only(shop, before)
     assert (note["kind"], note["type"]) == ("error_callback", "TaskRevokedError")

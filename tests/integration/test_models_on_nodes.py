@@ -84,5 +84,6 @@ def test_what_is_no_model_of_an_included_module_is_no_task(nodes, mp, name):
 def test_a_pickled_message_is_refused(nodes):
     server, node = nodes
     with client_of(server, task_serializer="pickle", accept_content=["pickle", "json"]) as client:
-        client.send_task("stock.Count", args=(1,))
+        client.send_task("stock.Count", args=("pickled",))
         node.await_log("Refusing to deserialize")
+    assert not node.notes.read("runnable", items=["pickled"])
