@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any
 
@@ -29,6 +29,15 @@ GUARD_GRACE = 0.5
 HOOKS_HIGH_WATER = 64 << 20
 _HOOK_COST = 1024  # of a callback in the queue, besides its outcome
 _HOOK_ID = 1 << 62
+# The members that each task needs: reading one from its enum takes longer than comparing it.
+_ASSIGNED, _RUNNING, _BUSY, _TASKS, _HOOKS = (
+    JobState.ASSIGNED,
+    JobState.RUNNING,
+    WorkerState.BUSY,
+    Lane.TASKS,
+    Lane.HOOKS,
+)
+_STARTED, _DONE, _ERROR = Kind.STARTED, Kind.DONE, Outcome.ERROR
 _TAKEN_BACK = {"reason": "taken back before it started"}
 _STOPPED = {"reason": "the pool was stopped"}
 
@@ -93,7 +102,13 @@ class Ledger:
             event: one of the events in :mod:`mpworker.pool.facts`.
             now: ``time.monotonic()``.
         """
-        self._handlers[type(event)](event, now)
+        return self.apply_all((event,), now)
+
+    def apply_all(self, events: Iterable[Any], now: float) -> list[Action]:
+        """As :meth:`apply` for several events that have become known together."""
+        handlers = self._handlers
+        for event in events:
+            handlers[type(event)](event, now)
         if self._ending:
             self._wind_down(now)
         out = self._out[:]
@@ -129,7 +144,7 @@ class Ledger:
             self.late += 1
             return
         self.jobs[job.id] = job
-        if self._stopping and job.lane is Lane.TASKS:
+        if self._stopping and job.lane is _TASKS:
             self._end(job, JobState.CANCELLED, _STOPPED, now)
         else:
             self._enqueue(job, now)
@@ -137,11 +152,12 @@ class Ledger:
     def _enqueue(self, job: Job, now: float) -> None:
         book = self._books[job.lane]
         book.put(job)
-        if job.lane is Lane.HOOKS and not book.size:  # opens on first need
+        if not book.size and job.lane is _HOOKS:  # opens on first need
             book.size = 1
         if len(book.workers) < book.size:
             book.balance(now)
-        book.feed(now)
+        if book.idle:
+            book.feed(now)
 
     def _cancelled(self, event: f.Cancelled, now: float) -> None:
         job = self.jobs.get(event.job)
@@ -222,19 +238,19 @@ class Ledger:
 
     def _started(self, event: f.JobStarted, now: float) -> None:
         found, job = self._find(event.worker), self.jobs.get(event.job)
-        if found is None or job is None or job.worker is not found[1] or job.state is not JobState.ASSIGNED:
+        if found is None or job is None or job.worker is not found[1] or job.state is not _ASSIGNED:
             self.late += 1
             return
         worker = found[1]
-        job.state, job.started = JobState.RUNNING, event.at
+        job.state, job.started = _RUNNING, event.at
         if job.hard:
             job.guard = min(job.guard, event.at + job.hard + GUARD_GRACE)
         worker.running, worker.call = job, None
-        if worker.state is WorkerState.BUSY:
+        if worker.state is _BUSY:
             worker.deadline = inf
         self._settle_recall(job)
-        if job.lane is Lane.TASKS:
-            self._tell(Kind.STARTED, job.id, a=event.at, b=float(worker.pid))
+        if job.lane is _TASKS:
+            self._tell(_STARTED, job.id, 0, event.at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
 
@@ -268,7 +284,7 @@ class Ledger:
             return
         book, worker, job = found
         call, worker.call, worker.running, worker.hold = worker.call, None, None, False
-        worker.jobs.remove(job)
+        worker.jobs.remove(job)  # it is the first one
         worker.done += 1
         book.note_runtime(event.runtime)
         if job.verdict is not None:
@@ -277,7 +293,9 @@ class Ledger:
             self._honour(call, now)
             self._finish(job, event, now)
         worn = (self._max_tasks and worker.done >= self._max_tasks) or 0 < self._max_memory < event.max_rss
-        if worn and book is self._tasks and worker.state is WorkerState.BUSY:
+        if not worn and worker.state is _BUSY:
+            book.hand_out(worker, now)
+        elif worn and book is self._tasks and worker.state is _BUSY:
             book.retire(worker, now)
         else:
             self._go_on(book, worker, now)
@@ -386,13 +404,13 @@ class Ledger:
     # -- endings -------------------------------------------------------------------------------------------------
 
     def _finish(self, job: Job, event: f.JobDone, now: float) -> None:
-        job.state = JobState.FAILED if event.flag == Outcome.ERROR else JobState.DONE
+        job.state = JobState.FAILED if event.flag == _ERROR else JobState.DONE
         del self.jobs[job.id]
-        if job.lane is Lane.HOOKS:
+        if job.lane is _HOOKS:
             self._unload(job, now)
             self._tell(Kind.HOOK_ENDED, job.of or job.id, event.flag, body=event.body)
             return
-        self._tell(Kind.DONE, job.id, event.flag, a=event.runtime, b=event.max_rss, body=event.body)
+        self._tell(_DONE, job.id, event.flag, event.runtime, event.max_rss, event.body)
         if job.hooks:
             self._hook(job.id, event.flag, job.hooks, event.body, now)
 
