@@ -139,8 +139,8 @@ class ProcessPool(Executor):
                 if name:
                     core.names[job] = name
                 core.counts["submitted"] += 1
-                core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks)
-                core.wake()
+                core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks, held=True)
+                core.send()
                 if core.ended:  # meanwhile
                     core.fail_all()
                 return future
