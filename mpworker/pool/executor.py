@@ -23,10 +23,20 @@ from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
-from mpworker.pool.parcel import name_of, pack_call
+from mpworker.pool.parcel import name_of, pack_call, pack_error, unpack_error
 from mpworker.settings import START_METHODS
 
 T = TypeVar("T")
+#: What a chunk of ``map`` returns: results, the packed error of the item behind them (or nothing), its run time.
+_Part = tuple[list[T], bytes, float]
+#: Seconds for which ``map`` waits for its first item, to learn whether the items are tiny.
+_PILOT_SECONDS = 0.005
+#: … and while no worker is ready yet.
+_START_SECONDS = 0.5
+#: Tiny ones travel in chunks worth about so many seconds and of at most so many items.
+_CHUNK_SECONDS = 0.002
+_CHUNK_ITEMS = 256
+_ITEM_COST = 5e-6  # seconds that each takes at least
 
 
 class ProcessPool(Executor):
@@ -154,28 +164,38 @@ class ProcessPool(Executor):
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: float | None = None,
-        chunksize: int = 1,
+        chunksize: int | None = None,
         buffersize: int | None = None,
     ) -> Iterator[T]:
         """Like ``map(fn, *iterables)``; results come in order.
 
         Args:
             timeout: seconds that all results together may take, from this call on.
-            chunksize: items that travel as one task; the pool's limits are multiplied by it.
+            chunksize: items that travel as one task; the pool's limits are multiplied by it. Default: 1 if the pool has
+                limits, so that they hold for each item. Else the first item, which travels alone, is given 5 ms (0.5 s
+                while the pool is starting): if it is done by then, so many of the others travel together as fit in
+                about 2 ms.
             buffersize: so many tasks are ahead of the results that were taken; the iterables are read accordingly.
                 Default: all at once.
 
         Raises:
             TimeoutError: from the iterator; what is left is cancelled.
         """
-        if chunksize < 1:
+        if chunksize is not None and chunksize < 1:
             raise ConfigurationError("chunksize must be at least 1")
         ahead = _count("buffersize", buffersize) or None
         end = None if timeout is None else monotonic() + timeout
-        sent = self._send_chunks(fn, zip(*iterables, strict=False), chunksize)
-        futures: deque[Future[list[T]]] = deque()
+        items = zip(*iterables, strict=False)
+        if chunksize is None and (self._timeout or self._soft_timeout):
+            chunksize = 1
+        sent = self._send_chunks(fn, items, chunksize or 1)
+        futures: deque[Future[_Part[T]]] = deque()
         try:
-            for future in islice(sent, ahead):
+            if chunksize is None:
+                futures.extend(islice(sent, 1))
+                ready = self._core is not None and self._core.handle.ready
+                sent = self._send_chunks(fn, items, _fitting(futures, _PILOT_SECONDS if ready else _START_SECONDS))
+            for future in islice(sent, ahead - len(futures) if ahead else None):
                 futures.append(future)
         except BaseException:
             _cancel(futures)
@@ -184,7 +204,7 @@ class ProcessPool(Executor):
 
     def _send_chunks(
         self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int
-    ) -> Iterator[Future[list[T]]]:
+    ) -> Iterator[Future[_Part[T]]]:
         while chunk := list(islice(items, chunksize)):
             body = pack_call(partial(_run_chunk, fn), (chunk,), {})
             size = len(chunk)
@@ -265,16 +285,37 @@ def _limit(name: str, value: float | None) -> float:
     return float(value)
 
 
-def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
+def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> _Part[T]:
+    """Runs items one after another. Those before one that fails keep their results."""
+    began, results = monotonic(), []
+    for args in chunk:
+        try:
+            results.append(fn(*args))
+        except Exception as exc:
+            if not results:
+                raise
+            exc.with_traceback(exc.__traceback__.tb_next if exc.__traceback__ else None)
+            return results, pack_error(exc), 0.0
+    return results, b"", monotonic() - began
 
 
-def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], end: float | None) -> Iterator[T]:
+def _fitting(futures: Iterable[Future[_Part[Any]]], patience: float) -> int:
+    """Items that shall travel together, to judge by the first one; 1 unless it is done at once."""
+    for future in futures:
+        with contextlib.suppress(Exception):  # whatever it is, whoever takes the results hears of it
+            seconds = future.result(patience)[2]
+            return max(1, min(_CHUNK_ITEMS, int(_CHUNK_SECONDS / (seconds + _ITEM_COST))))
+    return 1
+
+
+def _results(futures: deque[Future[_Part[T]]], rest: Iterator[Future[_Part[T]]], end: float | None) -> Iterator[T]:
     try:
         while futures:
-            results = futures.popleft().result(None if end is None else end - monotonic())
+            results, error, _ = futures.popleft().result(None if end is None else end - monotonic())
             futures.extend(islice(rest, 1))
             yield from results
+            if error:
+                raise unpack_error(error)
     finally:
         _cancel(futures)
 

@@ -24,6 +24,8 @@ class Peer:
     needs = ""
     #: without futures it takes part in ``map`` and ``start`` only
     has_futures = True
+    #: takes part in these cells only, if there are any
+    only: tuple[str, ...] = ()
 
     def __init__(self, workers: int) -> None:
         self.pool: Any = self.open(workers)
@@ -54,6 +56,17 @@ class Mpworker(Peer):
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.schedule(fn, args, timeout=TIMEOUT)
+
+
+class Unlimited(Mpworker):
+    """Ours without a limit: then ``map`` may let tiny items travel together, as the others do."""
+
+    only = ("map",)
+
+    def open(self, workers: int) -> Any:
+        from mpworker import ProcessPool
+
+        return ProcessPool(workers, start_method="fork")
 
 
 class Multiprocessing(Peer):
@@ -155,6 +168,7 @@ class Mpire(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     "mpworker": Mpworker,
+    "mpworker, no limit": Unlimited,
     "multiprocessing": Multiprocessing,
     "ProcessPoolExecutor": Futures,
     "billiard": Billiard,

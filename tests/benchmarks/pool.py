@@ -3,7 +3,7 @@
 Each figure is taken in a process of its own, and the peers take turns within each round, so that a machine that slows
 down slows all of them. The report is ``pool-results.md`` beside this file, and a plot if matplotlib is there.
 
-    --only noop,map   these cells          --peers mpworker,pebble   these pools
+    --only noop,map   these cells          --peers "mpworker;pebble"  these pools
     --rounds N        default 5            --quick                   fewer tasks, 3 rounds
     --deep            also 1,000,000 tasks --out FOLDER              where the report goes
 """
@@ -171,7 +171,10 @@ def collect(cells: list[str], names: list[str], rounds: int, quick: bool, deep: 
             for size in sizes_of(cell_name, quick, deep):
                 order = names[turn % len(names) :] + names[: turn % len(names)]
                 for name in order:
-                    if CELLS[cell_name].needs_futures and not PEERS[name].has_futures:
+                    peer = PEERS[name]
+                    if (CELLS[cell_name].needs_futures and not peer.has_futures) or cell_name not in (
+                        peer.only or cells
+                    ):
                         continue
                     for part, value in _in_a_process(name, cell_name, size, quick).items():
                         figures.setdefault((cell_name, size, part, name), []).append(value)
@@ -277,7 +280,7 @@ def plot(figures: Figures, names: list[str], target: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CELLS))
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--peers", default=";".join(PEERS), help="separated by ;")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--deep", action="store_true")
@@ -288,7 +291,7 @@ def main() -> None:
         name, cell_name, size = options.measure
         measure(name, cell_name, int(size), options.quick)
         return
-    cells, wanted = options.only.split(","), options.peers.split(",")
+    cells, wanted = options.only.split(","), options.peers.split(";")
     if unknown := [word for word in cells if word not in CELLS] + [word for word in wanted if word not in PEERS]:
         parser.error(f"unknown: {', '.join(unknown)}; cells are {', '.join(CELLS)}, pools are {', '.join(PEERS)}")
     names = [name for name in wanted if peers.is_installed(name)]

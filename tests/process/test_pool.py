@@ -401,3 +401,22 @@ def test_the_errors_fit_the_standard_trees() -> None:
     assert issubclass(TimeLimitExceeded, TimeoutError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(PayloadError, TypeError)
+
+
+def test_tiny_items_of_a_map_travel_together_and_keep_their_order() -> None:
+    with ProcessPool(2) as pool:
+        assert list(pool.map(operator.add, range(2000), range(0, 4000, 2))) == list(range(0, 6000, 3))
+        assert pool.stats()["submitted"] < 1000
+
+
+def test_items_under_a_limit_travel_alone() -> None:
+    with ProcessPool(2, timeout=60) as pool:
+        assert list(pool.map(operator.neg, range(50))) == [-n for n in range(50)]
+        assert pool.stats()["submitted"] == 50
+
+
+def test_results_before_a_failing_item_of_the_same_chunk_are_given(pool: ProcessPool) -> None:
+    results = pool.map(operator.floordiv, [4, 4, 4, 4], [1, 2, 0, 1], chunksize=4)
+    assert [next(results), next(results)] == [4, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
