@@ -39,7 +39,7 @@ PARENT_HIGH_WATER = 64 << 20
 _PARENT_CHECK = 0.5
 #: Seconds that the loop rests while workers hold batches of tiny jobs. What they report meanwhile is heard in one go:
 #: waking up costs more than a tiny job.
-_REST = 0.0003
+_REST = 0.0005
 #: Objects made before the garbage collector looks: here next to nothing forms cycles, and a queue is long to search.
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
@@ -207,7 +207,7 @@ class Dispatcher:
         if kind is _STARTED:
             self._starts[job] = frame
         elif kind is _DONE and (start := self._starts.pop(job, None)) is not None:  # both in one frame
-            self._parent.put(Frame(kind, job, flag, a, b, pack_start(start), body))
+            self._parent.put(Frame(kind, job, flag, a, b, pack_start(start.a, start.b), body))
         else:
             self._tell_starts()
             self._parent.put(frame)
@@ -297,18 +297,22 @@ class Dispatcher:
             ProtocolError: some of it is not its to send. What came before that counts.
         """
         events: list[Any] = []
+        worker = crew.worker
+        began, at = 0, 0.0  # the job whose start was the last word
         try:
             for frame in reader.feed(data):
-                worker, job, flag = crew.worker, frame.job, frame.flag
-                kind = frame.kind
-                if kind is _STARTED:
-                    events.append(f.JobStarted(worker, job, frame.a))
+                kind, job, flag, a, b, _, body = frame
+                if kind is _DONE and job == began:
+                    events[-1] = f.JobRan(worker, job, at, flag, body, a, b)
                 elif kind is _DONE:
-                    events.append(f.JobDone(worker, job, flag, frame.body, frame.a, frame.b))
+                    events.append(f.JobDone(worker, job, flag, body, a, b))
+                elif kind is _STARTED:
+                    events.append(f.JobStarted(worker, job, a))
                 elif kind is not Kind.HELLO:
                     events.append(_reported(crew, frame))
                 elif not self._fleet.registered(crew, job):
                     raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
+                began, at = (job, a) if kind is _STARTED else (0, 0.0)
                 if kind is _READY:
                     self._show_workers()
         finally:

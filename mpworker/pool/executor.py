@@ -139,9 +139,12 @@ class ProcessPool(Executor):
 
     def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture:
         core = self._started()
-        in_callback = threading.current_thread() is core.thread
-        if core.slots is not None and not core.slots.acquire(blocking=not in_callback):
-            raise RuntimeError("max_pending is reached, and a callback of a future cannot wait for a task to finish")
+        if core.slots is not None:
+            in_callback = threading.current_thread() is core.thread
+            if not core.slots.acquire(blocking=not in_callback):
+                raise RuntimeError(
+                    "max_pending is reached, and a callback of a future cannot wait for a task to finish"
+                )
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
@@ -216,6 +219,8 @@ class ProcessPool(Executor):
         if self._owner != os.getpid():
             # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
             self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
+        if (core := self._core) is not None and not self._closed:  # who submits looks again, under the lock
+            return core
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -280,6 +285,8 @@ def _count(name: str, value: int | None) -> int:
 def _limit(name: str, value: float | None) -> float:
     if value is None:
         return 0.0
+    if type(value) is float and 0.0 < value < 1e9:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ConfigurationError(f"{name} must be a number of seconds above 0 and below 1e9, not {value!r:.40}")
     return float(value)

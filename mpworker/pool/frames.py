@@ -106,9 +106,9 @@ def encode(
     return header(kind, job, flag, a, b, len(extra), len(body)) + extra + body
 
 
-def pack_start(started: Frame) -> bytes:
-    """A STARTED frame as the ``extra`` of the DONE of the same job, which spares a frame."""
-    return _START.pack(started.a, started.b)
+def pack_start(at: float, pid: float) -> bytes:
+    """What a STARTED frame would say, as the ``extra`` of the DONE of the same job, which spares a frame."""
+    return _START.pack(at, pid)
 
 
 def unpack_start(done: Frame) -> Frame | None:

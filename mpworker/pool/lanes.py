@@ -31,6 +31,7 @@ BOOT_BACKOFF_MAX = 5.0
 BATCH_SECONDS = 0.001
 #: … and of at most this many jobs.
 BATCH_JOBS = 64
+_BLINK = 2e-5  # seconds: less is not told apart
 # The members that each task needs: reading one from its enum takes longer than comparing it.
 _ASSIGNED, _BUSY, _HOOKS = JobState.ASSIGNED, WorkerState.BUSY, Lane.HOOKS
 
@@ -125,8 +126,10 @@ class LaneBook:
         return len(self.queue) - self._dead
 
     def note_runtime(self, seconds: float) -> None:
-        """Takes one run time into the running mean."""
-        self._mean += (seconds - self._mean) * 0.1 if self._mean else seconds
+        """Takes one run time into the running mean; a single one that is far off, such as that of a process which had
+        to wait for a processor, has little weight."""
+        mean = self._mean
+        self._mean += (min(seconds, 8 * mean + _BLINK) - mean) * 0.1 if mean else seconds
 
     # -- staffing ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from mpworker.pool import facts as f
 from mpworker.pool.facts import Action, Job, Lane, Worker
-from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.frames import Frame, Kind, pack_start
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
 from mpworker.states import JobState, WorkerState
@@ -89,6 +89,7 @@ class Ledger:
             f.JobExpired: self._expired,
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
+            f.JobRan: self._ran,
             f.JobReturned: self._returned,
             f.WorkerFaulty: self._faulty,
             f.WorkerGone: self._gone,
@@ -125,9 +126,10 @@ class Ledger:
         return self._tasks.ever_ready
 
     def _find(self, worker: int) -> tuple[LaneBook, Worker] | None:
-        for book in self._books:
-            if found := book.workers.get(worker):
-                return book, found
+        if found := self._tasks.workers.get(worker):
+            return self._tasks, found
+        if found := self._hooks.workers.get(worker):
+            return self._hooks, found
         return None
 
     # -- what the parent asks ------------------------------------------------------------------------------------
@@ -284,7 +286,7 @@ class Ledger:
             return
         book, worker, job = found
         call, worker.call, worker.running, worker.hold = worker.call, None, None, False
-        worker.jobs.remove(job)  # it is the first one
+        worker.jobs.remove(job)
         worker.done += 1
         book.note_runtime(event.runtime)
         if job.verdict is not None:
@@ -299,6 +301,27 @@ class Ledger:
             book.retire(worker, now)
         else:
             self._go_on(book, worker, now)
+
+    def _ran(self, event: f.JobRan, now: float) -> None:
+        worker, job = self._tasks.workers.get(event.worker), self.jobs.get(event.job)
+        plain = worker is not None and worker.state is _BUSY and worker.running is None and not self._max_tasks
+        if not plain or job is None or job.worker is not worker or job.verdict or job.recalled or job.hooks:
+            self._started(f.JobStarted(event.worker, event.job, event.at), now)
+            self._done(f.JobDone(event.worker, event.job, *event[3:]), now)
+            return
+        # The same in one go, for the frequent case.
+        assert worker is not None
+        _, _, at, flag, body, runtime, max_rss = event
+        worker.jobs.remove(job)  # it is the first one
+        worker.done += 1
+        self._tasks.note_runtime(runtime)
+        job.state = JobState.FAILED if flag == _ERROR else JobState.DONE
+        del self.jobs[job.id]
+        self._out.append(f.Tell(Frame(_DONE, job.id, flag, runtime, max_rss, pack_start(at, worker.pid), body)))
+        if 0 < self._max_memory < max_rss:
+            self._tasks.retire(worker, now)
+        else:
+            self._tasks.hand_out(worker, now)
 
     def _honour(self, call: f.HookCalled | None, now: float) -> None:
         """The callback that a task has asked for itself; it had ended by then, whatever became of its process."""

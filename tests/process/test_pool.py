@@ -405,8 +405,14 @@ def test_the_errors_fit_the_standard_trees() -> None:
 
 def test_tiny_items_of_a_map_travel_together_and_keep_their_order() -> None:
     with ProcessPool(2) as pool:
-        assert list(pool.map(operator.add, range(2000), range(0, 4000, 2))) == list(range(0, 6000, 3))
-        assert pool.stats()["submitted"] < 1000
+
+        def tasks_of_a_map() -> int:
+            before = pool.stats()["submitted"]
+            assert list(pool.map(operator.add, range(500), range(0, 1000, 2))) == list(range(0, 1500, 3))
+            return int(pool.stats()["submitted"]) - before
+
+        # On a machine that is busy with something else the first item may be slow by chance.
+        support.wait_until(lambda: tasks_of_a_map() < 250, what="items that travel together")
 
 
 def test_items_under_a_limit_travel_alone() -> None:
