@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,8 @@ def measure(name: str, cell_name: str, size: int, quick: bool) -> dict[str, floa
 Figures = dict[tuple[str, int, str, str], list[float]]  # by cell, size, name of the figure, peer
 
 
-def collect(cells: list[str], names: list[str], rounds: int, quick: bool, deep: bool) -> Figures:
-    """All figures, round by round, cell by cell, the peers taking turns."""
+def collect(cells: list[str], names: list[str], rounds: int, quick: bool, deep: bool) -> Iterator[tuple[int, Figures]]:
+    """All figures so far after each round; within it cell by cell, the peers taking turns."""
     figures: Figures = {}
     for turn in range(rounds):
         for cell_name in cells:
@@ -179,7 +179,7 @@ def collect(cells: list[str], names: list[str], rounds: int, quick: bool, deep: 
                     for part, value in _in_a_process(name, cell_name, size, quick).items():
                         figures.setdefault((cell_name, size, part, name), []).append(value)
         print(f"round {turn + 1} of {rounds} is done", file=sys.stderr, flush=True)
-    return figures
+        yield turn + 1, figures
 
 
 def sizes_of(cell_name: str, quick: bool, deep: bool) -> tuple[int, ...]:
@@ -297,9 +297,11 @@ def main() -> None:
     names = [name for name in wanted if peers.is_installed(name)]
     skipped = [name for name in wanted if name not in names]
     rounds = options.rounds or (3 if options.quick else 5)
-    figures = collect(cells, names, rounds, options.quick, options.deep)
-    text = report(figures, names, skipped, rounds)
-    (options.out / "pool-results.md").write_text(text)
+    figures: Figures = {}
+    text = ""
+    for done, figures in collect(cells, names, rounds, options.quick, options.deep):
+        text = report(figures, names, skipped, done)
+        (options.out / "pool-results.md").write_text(text)  # what there is, should somebody lose patience
     print(text)
     if not plot(figures, names, options.out / "pool-results.png"):
         print("no plot: matplotlib is not installed")
