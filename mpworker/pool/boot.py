@@ -6,7 +6,6 @@ same rule holds: a script guards its entry with ``if __name__ == "__main__":``.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -107,8 +106,10 @@ def _preparation(import_main: bool) -> dict[str, Any]:
 def flush_streams() -> None:
     """What was printed is seen now, not when this process ends, which may be by a signal; nor twice, after a fork."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
+        try:  # not contextlib.suppress: this is on the way of each task
             stream.flush()
+        except (AttributeError, ValueError, OSError):  # none, closed, or nobody reads it
+            pass
 
 
 def load(packed: bytes) -> Boot:

@@ -11,6 +11,7 @@ peer is too slow to take waits in its outbox. When the parent is gone, everythin
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.fleet import Crew, Exit, Fleet
-from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, receive
+from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, pack_start, receive
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.nursery import Nursery
 from mpworker.pool.slots import SLOT_VARIABLE
@@ -37,6 +38,14 @@ from mpworker.pool.wire import Listener, Wire
 PARENT_HIGH_WATER = 64 << 20
 #: Seconds between checks that the parent still lives, where the kernel cannot tell us.
 _PARENT_CHECK = 0.5
+#: Seconds that the loop rests while workers hold batches of tiny jobs. What they report meanwhile is heard in one go:
+#: waking up costs more than a tiny job.
+_REST = 0.0005
+#: Objects made before the garbage collector looks: here next to nothing forms cycles, and a queue is long to search.
+_GC_THRESHOLD = 100_000
+# The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
+_STARTED, _DONE, _READY, _SUBMIT, _JOB = Kind.STARTED, Kind.DONE, Kind.READY, Kind.SUBMIT, Kind.JOB
+_LANES = {int(lane): lane for lane in Lane}
 #: Reads from one worker before the others get their turn.
 _READS_PER_TURN = 4
 
@@ -77,6 +86,8 @@ class Dispatcher:
         self._wires: dict[int, tuple[Crew, Wire, Outbox, FrameReader]] = {}
         self._nursery = Nursery(self._selector, fleet, options, boot.body, self)
         self._touched: set[int] = set()
+        self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
+        self._batching = False
         self._child_exited = False
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
@@ -85,7 +96,7 @@ class Dispatcher:
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
-            f.Tell: lambda action: self._parent.put(action.frame),
+            f.Tell: self._tell,
             f.Finish: self._finish,
         }
 
@@ -107,6 +118,9 @@ class Dispatcher:
                 self._apply(f.Ticked())
             self._nursery.tick(now)
             self._flush()
+            if self._batching:
+                self._batching = False
+                time.sleep(_REST)
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()
@@ -123,11 +137,13 @@ class Dispatcher:
             self._orphaned = True
         return min(patience, _PARENT_CHECK)
 
-    def _apply(self, event: Any) -> None:
-        for action in self._ledger.apply(event, time.monotonic()):
-            self._actions[type(action)](action)
+    def _apply(self, *events: Any) -> None:
+        actions = self._actions
+        for action in self._ledger.apply_all(events, time.monotonic()):
+            actions[type(action)](action)
 
     def _flush(self) -> None:
+        self._tell_starts()
         self._parent.flush()
         paused = self._parent.outbox.size > PARENT_HIGH_WATER
         if paused != self._paused:
@@ -190,24 +206,23 @@ class Dispatcher:
         if data == b"":
             self._orphaned = True
             return
-        for frame in self._parent_reader.feed(data or b""):
-            self._obey(frame)
+        self._apply(*map(_asked, self._parent_reader.feed(data or b"")))
 
-    def _obey(self, frame: Frame) -> None:
-        kind = frame.kind
-        if kind is Kind.SUBMIT:
-            lane, outcome = Lane(frame.flag >> 4), frame.flag & 15
-            self._apply(f.Submitted(Job(frame.job, lane, outcome, frame.a, frame.b, frame.extra, frame.body)))
-        elif kind is Kind.CANCEL:
-            self._apply(f.Cancelled(frame.job, frame.flag, frame.a))
-        elif kind is Kind.RESIZE:
-            self._apply(f.Resized(frame.job))
-        elif kind is Kind.FLUSH:
-            self._apply(f.FlushAsked(frame.job))
-        elif kind is Kind.DRAIN:
-            self._apply(f.Draining())
-        elif kind is Kind.STOP:
-            self._apply(f.Stopping())
+    def _tell(self, action: f.Tell) -> None:
+        frame = action.frame
+        kind, job, flag, a, b, _, body = frame
+        if kind is _STARTED:
+            self._starts[job] = frame
+        elif kind is _DONE and (start := self._starts.pop(job, None)) is not None:  # both in one frame
+            self._parent.put(Frame(kind, job, flag, a, b, pack_start(start.a, start.b), body))
+        else:
+            self._tell_starts()
+            self._parent.put(frame)
+
+    def _tell_starts(self) -> None:
+        for frame in self._starts.values():
+            self._parent.put(frame)
+        self._starts.clear()
 
     def log(self, level: int, text: str) -> None:
         """Has the parent log a line."""
@@ -241,9 +256,10 @@ class Dispatcher:
         job = action.job
         if action.worker in self._wires:
             flag = job.flag | (BATCHED if action.batched else 0)
-            frame = Frame(Kind.JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
+            frame = Frame(_JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
+            self._batching |= action.batched
 
     def _dismiss(self, action: f.Dismiss) -> None:
         if action.worker in self._wires:
@@ -265,9 +281,7 @@ class Dispatcher:
             if data is None:
                 return
             try:
-                frames = reader.feed(data)
-                for frame in frames:
-                    self._heard(crew, frame)
+                self._hear(crew, reader, data)
             except ProtocolError as exc:
                 self._silence(worker, wire, str(exc))
                 return
@@ -283,32 +297,33 @@ class Dispatcher:
         else:  # it died before it could say who it is; its pid is reaped as an unknown
             self._gone(Exit(worker, None, None, None))
 
-    def _heard(self, crew: Crew, frame: Frame) -> None:
-        kind, worker = frame.kind, crew.worker
-        if kind is Kind.STARTED:
-            self._apply(f.JobStarted(worker, frame.job, frame.a))
-        elif kind is Kind.DONE:
-            self._apply(f.JobDone(worker, frame.job, frame.flag, frame.body, frame.a, frame.b))
-        elif kind is Kind.RETURNED:
-            self._apply(f.JobReturned(worker, frame.job))
-        elif kind is Kind.CALL:
-            self._apply(f.HookCalled(worker, frame.job, frame.flag, frame.extra, frame.body))
-        elif kind is Kind.PROGRESS:
-            self._apply(f.JobProgressed(worker, frame.job, frame.a, frame.b, frame.body))
-        elif kind is Kind.SOFT:
-            self._apply(f.SoftLimitHit(worker, frame.job, frame.a))
-        elif kind is Kind.EXPIRED:
-            self._apply(f.JobExpired(worker, frame.job, frame.body.decode(errors="replace")))
-        elif kind is Kind.HELLO:
-            if not self._fleet.registered(crew, frame.job):
-                raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
-        elif kind is Kind.READY:
-            self._apply(f.WorkerReady(worker, crew.pid))
-            self._show_workers()
-        elif kind is Kind.UNREADY:
-            self._apply(f.WorkerUnready(worker, frame.body.decode(errors="replace")))
-        else:
-            raise ProtocolError(f"worker {crew.slot} sent a {kind.name} frame, which is not its to send")
+    def _hear(self, crew: Crew, reader: FrameReader, data: bytes) -> None:
+        """Takes in what a worker has sent.
+
+        Raises:
+            ProtocolError: some of it is not its to send. What came before that counts.
+        """
+        events: list[Any] = []
+        worker = crew.worker
+        began, at = 0, 0.0  # the job whose start was the last word
+        try:
+            for frame in reader.feed(data):
+                kind, job, flag, a, b, _, body = frame
+                if kind is _DONE and job == began:
+                    events[-1] = f.JobRan(worker, job, at, flag, body, a, b)
+                elif kind is _DONE:
+                    events.append(f.JobDone(worker, job, flag, body, a, b))
+                elif kind is _STARTED:
+                    events.append(f.JobStarted(worker, job, a))
+                elif kind is not Kind.HELLO:
+                    events.append(_reported(crew, frame))
+                elif not self._fleet.registered(crew, job):
+                    raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
+                began, at = (job, a) if kind is _STARTED else (0, 0.0)
+                if kind is _READY:
+                    self._show_workers()
+        finally:
+            self._apply(*events)
 
     def _reap(self) -> None:
         for crew, *_ in list(self._wires.values()):
@@ -336,8 +351,7 @@ class Dispatcher:
         reader = self._wires[worker][3]
         while data := receive(crew.data):
             try:
-                for frame in reader.feed(data):
-                    self._heard(crew, frame)
+                self._hear(crew, reader, data)
             except ProtocolError as exc:
                 self.log(logging.WARNING, f"{exc}, with its last breath")
                 return
@@ -349,6 +363,44 @@ class Dispatcher:
             if crew.pid
         ]
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
+
+
+def _asked(frame: Frame) -> Any:
+    """The parent's word as the ledger hears it."""
+    kind, job, flag, a, b, extra, body = frame
+    if kind is _SUBMIT:
+        return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
+    if kind is Kind.CANCEL:
+        return f.Cancelled(job, flag, a)
+    if kind is Kind.RESIZE:
+        return f.Resized(job)
+    if kind is Kind.FLUSH:
+        return f.FlushAsked(job)
+    if kind is Kind.DRAIN:
+        return f.Draining()
+    if kind is Kind.STOP:
+        return f.Stopping()
+    raise ProtocolError(f"the parent sent a {kind.name} frame, which is not its to send")
+
+
+def _reported(crew: Crew, frame: Frame) -> Any:
+    """A worker's word as the ledger hears it; the frequent ones are read by the loop itself."""
+    kind, job, flag, a, b, extra, body = frame
+    if kind is Kind.RETURNED:
+        return f.JobReturned(crew.worker, job)
+    if kind is Kind.CALL:
+        return f.HookCalled(crew.worker, job, flag, extra, body)
+    if kind is Kind.PROGRESS:
+        return f.JobProgressed(crew.worker, job, a, b, body)
+    if kind is Kind.SOFT:
+        return f.SoftLimitHit(crew.worker, job, a)
+    if kind is Kind.EXPIRED:
+        return f.JobExpired(crew.worker, job, body.decode(errors="replace"))
+    if kind is Kind.READY:
+        return f.WorkerReady(crew.worker, crew.pid)
+    if kind is Kind.UNREADY:
+        return f.WorkerUnready(crew.worker, body.decode(errors="replace"))
+    raise ProtocolError(f"worker {crew.slot} sent a {kind.name} frame, which is not its to send")
 
 
 def _receive_boot(line: socket.socket) -> Frame | None:
@@ -376,6 +428,8 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
             boot = _receive_boot(line)
             if boot is None or boot.kind is not Kind.BOOT:
                 return
+            gc.freeze()
+            gc.set_threshold(_GC_THRESHOLD)
             options = json.loads(boot.extra)
             set_title(f"mpworker: dispatcher{options['label']}")
             if can_adopt and fleet.template is None and options["start_method"] != "spawn":

@@ -25,7 +25,7 @@ from mpworker.pool.coroutines import settle
 from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
-from mpworker.pool.parcel import name_of, pack_call
+from mpworker.pool.parcel import name_of, pack_call, pack_error, unpack_error
 from mpworker.pool.slots import SlotEnv, variables_of_slots
 from mpworker.settings import START_METHODS
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
+#: What a chunk of ``map`` returns: results, the packed error of the item behind them (or nothing).
+_Part = tuple[list[T], bytes]
 
 
 class ProcessPool(Executor):
@@ -198,9 +200,12 @@ class ProcessPool(Executor):
 
     def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture[Any]:
         core = self._started()
-        in_callback = threading.current_thread() is core.thread
-        if core.slots is not None and not core.slots.acquire(blocking=not in_callback):
-            raise RuntimeError("max_pending is reached, and a callback of a future cannot wait for a task to finish")
+        if core.slots is not None:
+            in_callback = threading.current_thread() is core.thread
+            if not core.slots.acquire(blocking=not in_callback):
+                raise RuntimeError(
+                    "max_pending is reached, and a callback of a future cannot wait for a task to finish"
+                )
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
@@ -209,8 +214,8 @@ class ProcessPool(Executor):
                 if name:
                     core.names[job] = name
                 core.counts["submitted"] += 1
-                core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks)
-                core.wake()
+                core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks, held=True)
+                core.send()
                 if core.ended:  # meanwhile
                     core.fail_all()
                 return future
@@ -242,8 +247,9 @@ class ProcessPool(Executor):
             raise ConfigurationError("chunksize must be at least 1")
         ahead = _count("buffersize", buffersize) or None
         end = None if timeout is None else monotonic() + timeout
-        sent = self._send_chunks(fn, zip(*iterables, strict=False), chunksize)
-        futures: deque[Future[list[T]]] = deque()
+        items = zip(*iterables, strict=False)
+        sent = self._send_chunks(fn, items, chunksize)
+        futures: deque[Future[_Part[T]]] = deque()
         try:
             for future in islice(sent, ahead):
                 futures.append(future)
@@ -254,7 +260,7 @@ class ProcessPool(Executor):
 
     def _send_chunks(
         self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int
-    ) -> Iterator[Future[list[T]]]:
+    ) -> Iterator[Future[_Part[T]]]:
         while chunk := list(islice(items, chunksize)):
             body = pack_call(partial(_run_chunk, fn), (chunk,), {})
             size = len(chunk)
@@ -267,6 +273,8 @@ class ProcessPool(Executor):
             # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
             self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
             self._submitter = None
+        if (core := self._core) is not None and not self._closed:  # who submits looks again, under the lock
+            return core
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -335,23 +343,37 @@ def _count(name: str, value: int | None) -> int:
 def _limit(name: str, value: float | None) -> float:
     if value is None:
         return 0.0
+    if type(value) is float and 0.0 < value < 1e9:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ConfigurationError(f"{name} must be a number of seconds above 0 and below 1e9, not {value!r:.40}")
     return float(value)
 
 
-def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    return [settle(fn(*args)) for args in chunk]
+def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> _Part[T]:
+    """Runs items one after another. Those before one that fails keep their results."""
+    results: list[T] = []
+    for args in chunk:
+        try:
+            results.append(settle(fn(*args)))
+        except Exception as exc:
+            if not results:
+                raise
+            exc.with_traceback(exc.__traceback__.tb_next if exc.__traceback__ else None)
+            return results, pack_error(exc)
+    return results, b""
 
 
-def _results(futures: deque[Future[list[T]]], rest: Iterator[Future[list[T]]], end: float | None) -> Iterator[T]:
+def _results(futures: deque[Future[_Part[T]]], rest: Iterator[Future[_Part[T]]], end: float | None) -> Iterator[T]:
     try:
         while futures:
-            results = futures.popleft().result(None if end is None else end - monotonic())
+            results, error = futures.popleft().result(None if end is None else end - monotonic())
             futures.extend(islice(rest, 1))
             results.reverse()
             while results:  # not "yield from": a result that was taken is not ours to keep
                 yield results.pop()
+            if error:
+                raise unpack_error(error)
     finally:
         _cancel(futures)
 

@@ -182,6 +182,18 @@ class JobDone(NamedTuple):
     max_rss: float
 
 
+class JobRan(NamedTuple):
+    """JobStarted and JobDone, heard together."""
+
+    worker: int
+    job: int
+    at: float
+    flag: int
+    body: bytes
+    runtime: float
+    max_rss: float
+
+
 class JobReturned(NamedTuple):
     worker: int
     job: int

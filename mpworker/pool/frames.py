@@ -19,13 +19,16 @@ from mpworker.errors import ProtocolError
 _HEADER = struct.Struct("<HBBIQddQ")
 _CHECKED = struct.Struct("<HBBIQddQI")
 HEADER_SIZE = _CHECKED.size
+_UNCHECKED = _HEADER.size
+_START = struct.Struct("<dd")
 _MAGIC = 0x6D77
 #: A body is never larger than this; a larger length is corruption.
 MAX_BODY = 1 << 40
 #: Seconds that one wait may take: the kernel's own limit is 24 days, and whoever waits looks again.
 LONGEST_WAIT = 3600.0
-#: What one ``recv`` may bring.
-CHUNK = 1 << 18
+#: What one ``recv`` may bring. From 128 KB on, the buffer that ``recv`` makes would be mapped and unmapped each time,
+#: which costs more than the system call.
+CHUNK = 1 << 16
 _JOIN_BELOW = 1 << 16
 
 
@@ -55,7 +58,9 @@ class Kind(IntEnum):
     SOFT = 31  # job, a: soft limit
     EXPIRED = 32  # job, a: hard limit, body: where the task was (text)
     CALL = 33  # job, flag: outcome kind, extra: hooks, body: outcome; runs when the job is done
-    DONE = 34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome
+    DONE = (
+        34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome; extra: its start, if untold
+    )
     RETURNED = 35  # job: one that was not started
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     # dispatcher → template
@@ -103,6 +108,16 @@ def encode(
     return header(kind, job, flag, a, b, len(extra), len(body)) + extra + body
 
 
+def pack_start(at: float, pid: float) -> bytes:
+    """What a STARTED frame would say, as the ``extra`` of the DONE of the same job, which spares a frame."""
+    return _START.pack(at, pid)
+
+
+def unpack_start(done: Frame) -> Frame | None:
+    """The STARTED frame that travelled in this DONE, if it has one."""
+    return Frame(Kind.STARTED, done.job, 0, *_START.unpack(done.extra)) if done.extra else None
+
+
 class FrameReader:
     """Turns a stream of bytes into frames.
 
@@ -114,7 +129,8 @@ class FrameReader:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []  # of a frame that is not complete
+        self._have, self._need = 0, HEADER_SIZE
 
     def feed(self, data: bytes) -> list[Frame]:
         """Takes the next bytes and returns the frames they complete.
@@ -122,33 +138,36 @@ class FrameReader:
         Raises:
             ProtocolError: the bytes are no frame. The stream cannot be read any further.
         """
-        buffer = self._buffer
-        buffer += data
+        if self._have:
+            self._pieces.append(data)
+            self._have += len(data)
+            if self._have < self._need:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
         frames: list[Frame] = []
-        position = 0
-        while len(buffer) - position >= HEADER_SIZE:
-            magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(buffer, position)
+        position, size, need = 0, len(data), HEADER_SIZE
+        while (start := position + HEADER_SIZE) <= size:
+            magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
-            if not sound or checksum != crc32(buffer[position : position + _HEADER.size]):
+            if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
                 raise ProtocolError(f"{self.peer} sent bytes that are no frame")
-            start = position + HEADER_SIZE
-            end = start + extra + body
-            if len(buffer) < end:
-                break
             middle = start + extra
-            frames.append(Frame(_KINDS[kind], job, flag, a, b, bytes(buffer[start:middle]), bytes(buffer[middle:end])))
+            end = middle + body
+            if end > size:
+                need = end - position
+                break
+            frames.append(Frame(_KINDS[kind], job, flag, a, b, data[start:middle], data[middle:end]))
             position = end
-        del buffer[:position]
+        self._have, self._need = size - position, need
+        if self._have:
+            self._pieces.append(data[position:])
         return frames
 
     @property
     def missing(self) -> int:
         """Bytes that the current frame still lacks, as far as its header tells."""
-        have = len(self._buffer)
-        if have < HEADER_SIZE:
-            return HEADER_SIZE - have
-        fields = _CHECKED.unpack_from(self._buffer)
-        return int(HEADER_SIZE + fields[3] + fields[7] - have)
+        return self._need - self._have
 
 
 class Outbox:
@@ -161,6 +180,9 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
+    def __len__(self) -> int:
+        return len(self._pieces)
+
     def put(self, *pieces: bytes) -> None:
         """Appends a frame, in one or several pieces. Safe against other threads and signal handlers."""
         self._pieces.extend(pieces)
@@ -171,7 +193,9 @@ class Outbox:
         kind, job, flag, a, b, extra, body = frame
         head = header(kind, job, flag, a, b, len(extra), len(body))
         if len(body) < _JOIN_BELOW:
-            self.put(head + extra + body)
+            piece = head + extra + body
+            self._pieces.append(piece)
+            self.size += len(piece)
         else:
             self.put(head + extra, body)
 

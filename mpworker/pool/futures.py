@@ -29,19 +29,44 @@ from mpworker.pool.parcel import open_outcome
 logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
 COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
+#: Submissions that may wait for company while others are unfinished.
+_COMPANY = 32
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
+#: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
+_gate = threading.RLock()
 
 
 class TaskFuture(Future[T]):
-    """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced."""
+    """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced.
+
+    Its condition, the most expensive part of a future, is made when somebody first asks for it. Until then nobody waits
+    and no callback has been added, so that its state may change under the gate alone.
+    """
 
     def __init__(self, core: Results, job: int) -> None:
-        super().__init__()
+        # As the base class does, but for the condition.
+        self._state = "PENDING"
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Any] = []
         self._core = core
         #: the job's number in its pool
         self.job = job
         #: how far the task is, as far as is known here; ``None`` if it has said nothing
         self.progress: Progress | None = None
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        with _gate:
+            if (condition := self.__dict__.get("_made")) is None:
+                condition = self.__dict__["_made"] = threading.Condition()
+            return condition
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As in the base class; a value that is there is returned without a lock."""
+        if self._state == "FINISHED" and self._exception is None:
+            return self._result
+        return super().result(timeout)
 
     def cancel(self) -> bool:
         """Cancels the task, started or not; the future is cancelled at once.
@@ -66,9 +91,22 @@ class TaskFuture(Future[T]):
 
     def begin(self) -> None:
         """The task runs, unless the future has been cancelled meanwhile."""
+        with _gate:
+            if "_made" not in self.__dict__:
+                self._state = "RUNNING"
+                return
         with self._condition:
             if self._state == "PENDING":
                 self._state = "RUNNING"
+
+    def settle_unwatched(self, succeeded: bool, value: Any) -> bool:
+        """Takes the outcome if nobody has asked for the condition: no wait to end, no callback to run."""
+        with _gate:
+            if "_made" in self.__dict__:
+                return False
+            self._result, self._exception = (value, None) if succeeded else (None, value)
+            self._state = "FINISHED"
+            return True
 
     def settle(self, succeeded: bool, value: Any) -> None:
         """Takes the outcome, unless the future has been cancelled meanwhile."""
@@ -94,6 +132,8 @@ class Results:
         self.broken: BootError | None = None
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
+        self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
+        self._calling = False  # it may be in a callback, which may take long
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
         self.thread = threading.Thread(target=self._run, name="mpworker-results", daemon=True)
@@ -105,9 +145,16 @@ class Results:
         _live.add(self)
         self.thread.start()
 
+    def send(self) -> None:
+        """Sends what has been submitted: at once while little is unfinished, else together with what follows."""
+        if self._calling or self.handle.pending <= _COMPANY or self.handle.waiting >= _COMPANY:
+            self.handle.flush()
+        self.wake()
+
     def wake(self) -> None:
         """Makes the thread look at the outbox, if something is left in it."""
-        if self.handle.wants_write:
+        if self._asleep and self.handle.waiting:
+            self._asleep = False
             with contextlib.suppress(OSError):
                 os.write(self._wake_writer, b"!")
 
@@ -121,7 +168,7 @@ class Results:
         try:
             while self.handle.fileno() >= 0:
                 self._wait()
-                for frame in self.handle.drain():
+                for frame in self.handle.drain(starts=False):
                     self._on_event(frame)
         except BaseException as exc:
             logger.critical("the thread that reads results has failed", exc_info=True)
@@ -137,13 +184,16 @@ class Results:
     def _wait(self) -> None:
         poll = select.poll()
         line = self.handle.fileno()
-        poll.register(line, select.POLLIN | (select.POLLOUT if self.handle.wants_write else 0))
+        self._asleep = True
+        full = not self.handle.flush()
+        poll.register(line, select.POLLIN | (select.POLLOUT if full else 0))
         poll.register(self._wake_reader, select.POLLIN)
         for descriptor, mask in poll.poll():
             if descriptor == self._wake_reader:
                 os.read(descriptor, 4096)
             elif mask & select.POLLOUT:
                 self.handle.flush()
+        self._asleep = False
 
     def _on_event(self, frame: Frame) -> None:
         kind = frame.kind
@@ -173,8 +223,12 @@ class Results:
         self.counts[state] += 1
         if self.slots is not None and frame.job not in self.names:
             self.slots.release()
-        if (future := self.futures.pop(frame.job, None)) is not None:
+        future = self.futures.pop(frame.job, None)
+        if future is not None and not future.settle_unwatched(succeeded, value):
+            self._calling = True
+            self.handle.flush()
             future.settle(succeeded, value)
+            self._calling = False
 
     def _on_hook_ended(self, frame: Frame) -> None:
         if self.slots is not None and frame.job in self.names:

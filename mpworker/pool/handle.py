@@ -25,7 +25,7 @@ from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet
 from mpworker.pool.facts import Lane
-from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, header, receive
+from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, header, receive, unpack_start
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -167,7 +167,9 @@ class Handle:
         """A number for a job that is about to be submitted."""
         return next(self._ids)
 
-    def submit(self, job: int, body: bytes, *, soft: float = 0.0, hard: float = 0.0, hooks: bytes = b"") -> None:
+    def submit(
+        self, job: int, body: bytes, *, soft: float = 0.0, hard: float = 0.0, hooks: bytes = b"", held: bool = False
+    ) -> None:
         """Hands over a packed call.
 
         Args:
@@ -175,12 +177,14 @@ class Handle:
             body: from :func:`mpworker.pool.parcel.pack_call`.
             soft, hard: limits in seconds, 0 for none.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
+            held: the caller will call :meth:`flush`.
         """
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
         with self._mutex:
             self._sent[job] = _Sent(pieces, hooks)
             self._outbox.put(*pieces)
-        self.flush()
+        if not held:
+            self.flush()
 
     def call_hooks(self, job: int, hooks: bytes, flag: Outcome, body: bytes) -> None:
         """Runs a callback in the callback process with an outcome that the caller knows; HOOK_ENDED follows."""
@@ -209,6 +213,11 @@ class Handle:
         self.flush()
 
     @property
+    def waiting(self) -> int:
+        """Pieces that have not been sent."""
+        return len(self._outbox)
+
+    @property
     def wants_write(self) -> bool:
         """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
         return bool(self._outbox)
@@ -230,8 +239,11 @@ class Handle:
 
     # -- hearing -------------------------------------------------------------------------------------------------
 
-    def drain(self) -> Iterator[Frame]:
+    def drain(self, starts: bool = True) -> Iterator[Frame]:
         """Yields what has happened since. Never blocks.
+
+        Args:
+            starts: each DONE comes after a STARTED. Else that is left out where both are known at the same time.
 
         That is STARTED, SOFT, PROGRESS, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
 
@@ -250,6 +262,8 @@ class Handle:
                 frames, data = [], b""
             for frame in frames:
                 if self._note(frame):
+                    if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
+                        yield start
                     yield frame
             if not data:
                 yield from self._lost_dispatcher()

@@ -31,6 +31,9 @@ BOOT_BACKOFF_MAX = 5.0
 BATCH_SECONDS = 0.001
 #: … and of at most this many jobs.
 BATCH_JOBS = 64
+_BLINK = 2e-5  # seconds: less is not told apart
+# The members that each task needs: reading one from its enum takes longer than comparing it.
+_ASSIGNED, _BUSY, _HOOKS = JobState.ASSIGNED, WorkerState.BUSY, Lane.HOOKS
 
 
 class LaneBook:
@@ -73,23 +76,27 @@ class LaneBook:
 
     def hand_out(self, worker: Worker, now: float) -> None:
         """Gives an available worker what it can hold, or notes that it is idle."""
-        room = 1 if worker.hold else self._depth()
-        if self._max_tasks:
-            room = min(room, self._max_tasks - worker.done)
-        if len(worker.jobs) <= room // 2 and not self.paused:
-            while len(worker.jobs) < room and (job := self._next()) is not None:
-                worker.jobs.append(job)
-                worker.state = WorkerState.BUSY
-                job.state, job.worker = JobState.ASSIGNED, worker
-                self._out.append(f.Assign(worker.id, job, room > 1))
+        if self.queue and len(worker.jobs) <= BATCH_JOBS // 2:
+            self._hand_batch(worker)
         if not worker.jobs:
             worker.state, worker.deadline = WorkerState.IDLE, inf
             self.idle[worker.id] = worker
         elif worker.running is None:
             worker.deadline = now + START_GRACE
 
+    def _hand_batch(self, worker: Worker) -> None:
+        room = 1 if worker.hold else self._depth()
+        if self._max_tasks:
+            room = min(room, self._max_tasks - worker.done)
+        if len(worker.jobs) <= room // 2 and not self.paused:
+            while len(worker.jobs) < room and (job := self._next()) is not None:
+                worker.jobs.append(job)
+                worker.state = _BUSY
+                job.state, job.worker = _ASSIGNED, worker
+                self._out.append(f.Assign(worker.id, job, room > 1))
+
     def _depth(self) -> int:
-        if not self._mean or self.lane is Lane.HOOKS:
+        if not self._mean or self.lane is _HOOKS:
             return 1
         share = len(self.queue) // max(1, len(self.workers))
         return max(1, min(BATCH_JOBS, int(BATCH_SECONDS / self._mean), share))
@@ -119,8 +126,10 @@ class LaneBook:
         return len(self.queue) - self._dead
 
     def note_runtime(self, seconds: float) -> None:
-        """Takes one run time into the running mean."""
-        self._mean += (seconds - self._mean) * 0.1 if self._mean else seconds
+        """Takes one run time into the running mean; a single one that is far off, such as that of a process which had
+        to wait for a processor, has little weight."""
+        mean = self._mean
+        self._mean += (min(seconds, 8 * mean + _BLINK) - mean) * 0.1 if mean else seconds
 
     # -- staffing ------------------------------------------------------------------------------------------------
 

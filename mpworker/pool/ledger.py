@@ -12,13 +12,13 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any
 
 from mpworker.pool import facts as f
 from mpworker.pool.facts import Action, Job, Lane, Worker
-from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.frames import Frame, Kind, pack_start
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
 from mpworker.states import JobState, WorkerState
@@ -29,6 +29,15 @@ GUARD_GRACE = 0.5
 HOOKS_HIGH_WATER = 64 << 20
 _HOOK_COST = 1024  # of a callback in the queue, besides its outcome
 _HOOK_ID = 1 << 62
+# The members that each task needs: reading one from its enum takes longer than comparing it.
+_ASSIGNED, _RUNNING, _BUSY, _TASKS, _HOOKS = (
+    JobState.ASSIGNED,
+    JobState.RUNNING,
+    WorkerState.BUSY,
+    Lane.TASKS,
+    Lane.HOOKS,
+)
+_STARTED, _DONE, _ERROR = Kind.STARTED, Kind.DONE, Outcome.ERROR
 _TAKEN_BACK = {"reason": "taken back before it started"}
 _STOPPED = {"reason": "the pool was stopped"}
 
@@ -81,6 +90,7 @@ class Ledger:
             f.JobExpired: self._expired,
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
+            f.JobRan: self._ran,
             f.JobReturned: self._returned,
             f.WorkerFaulty: self._faulty,
             f.WorkerGone: self._gone,
@@ -94,7 +104,13 @@ class Ledger:
             event: one of the events in :mod:`mpworker.pool.facts`.
             now: ``time.monotonic()``.
         """
-        self._handlers[type(event)](event, now)
+        return self.apply_all((event,), now)
+
+    def apply_all(self, events: Iterable[Any], now: float) -> list[Action]:
+        """As :meth:`apply` for several events that have become known together."""
+        handlers = self._handlers
+        for event in events:
+            handlers[type(event)](event, now)
         if self._ending:
             self._wind_down(now)
         out = self._out[:]
@@ -115,9 +131,10 @@ class Ledger:
         return self._tasks.ever_ready
 
     def _find(self, worker: int) -> tuple[LaneBook, Worker] | None:
-        for book in self._books:
-            if found := book.workers.get(worker):
-                return book, found
+        if found := self._tasks.workers.get(worker):
+            return self._tasks, found
+        if found := self._hooks.workers.get(worker):
+            return self._hooks, found
         return None
 
     # -- what the parent asks ------------------------------------------------------------------------------------
@@ -134,7 +151,7 @@ class Ledger:
             self.late += 1
             return
         self.jobs[job.id] = job
-        if self._stopping and job.lane is Lane.TASKS:
+        if self._stopping and job.lane is _TASKS:
             self._end(job, JobState.CANCELLED, _STOPPED, now)
         else:
             self._enqueue(job, now)
@@ -142,11 +159,12 @@ class Ledger:
     def _enqueue(self, job: Job, now: float) -> None:
         book = self._books[job.lane]
         book.put(job)
-        if job.lane is Lane.HOOKS and not book.size:  # opens on first need
+        if not book.size and job.lane is _HOOKS:  # opens on first need
             book.size = 1
         if len(book.workers) < book.size:
             book.balance(now)
-        book.feed(now)
+        if book.idle:
+            book.feed(now)
 
     def _cancelled(self, event: f.Cancelled, now: float) -> None:
         job = self.jobs.get(event.job)
@@ -227,19 +245,19 @@ class Ledger:
 
     def _started(self, event: f.JobStarted, now: float) -> None:
         found, job = self._find(event.worker), self.jobs.get(event.job)
-        if found is None or job is None or job.worker is not found[1] or job.state is not JobState.ASSIGNED:
+        if found is None or job is None or job.worker is not found[1] or job.state is not _ASSIGNED:
             self.late += 1
             return
         worker = found[1]
-        job.state, job.started = JobState.RUNNING, event.at
+        job.state, job.started = _RUNNING, event.at
         if job.hard:
             job.guard = min(job.guard, event.at + job.hard + GUARD_GRACE)
         worker.running, worker.call = job, None
-        if worker.state is WorkerState.BUSY:
+        if worker.state is _BUSY:
             worker.deadline = inf
         self._settle_recall(job)
-        if job.lane is Lane.TASKS:
-            self._tell(Kind.STARTED, job.id, a=event.at, b=float(worker.pid))
+        if job.lane is _TASKS:
+            self._tell(_STARTED, job.id, 0, event.at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
 
@@ -286,10 +304,33 @@ class Ledger:
             self._honour(call, now)
             self._finish(job, event, now)
         worn = (self._max_tasks and worker.done >= self._max_tasks) or 0 < self._max_memory < event.max_rss
-        if worn and book is self._tasks and worker.state is WorkerState.BUSY:
+        if not worn and worker.state is _BUSY:
+            book.hand_out(worker, now)
+        elif worn and book is self._tasks and worker.state is _BUSY:
             book.retire(worker, now)
         else:
             self._go_on(book, worker, now)
+
+    def _ran(self, event: f.JobRan, now: float) -> None:
+        worker, job = self._tasks.workers.get(event.worker), self.jobs.get(event.job)
+        plain = worker is not None and worker.state is _BUSY and worker.running is None and not self._max_tasks
+        if not plain or job is None or job.worker is not worker or job.verdict or job.recalled or job.hooks:
+            self._started(f.JobStarted(event.worker, event.job, event.at), now)
+            self._done(f.JobDone(event.worker, event.job, *event[3:]), now)
+            return
+        # The same in one go, for the frequent case.
+        assert worker is not None
+        _, _, at, flag, body, runtime, max_rss = event
+        worker.jobs.remove(job)  # it is the first one
+        worker.done += 1
+        self._tasks.note_runtime(runtime)
+        job.state = JobState.FAILED if flag == _ERROR else JobState.DONE
+        del self.jobs[job.id]
+        self._out.append(f.Tell(Frame(_DONE, job.id, flag, runtime, max_rss, pack_start(at, worker.pid), body)))
+        if 0 < self._max_memory < max_rss:
+            self._tasks.retire(worker, now)
+        else:
+            self._tasks.hand_out(worker, now)
 
     def _honour(self, call: f.HookCalled | None, now: float) -> None:
         """The callback that a task has asked for itself; it had ended by then, whatever became of its process."""
@@ -395,13 +436,13 @@ class Ledger:
     # -- endings -------------------------------------------------------------------------------------------------
 
     def _finish(self, job: Job, event: f.JobDone, now: float) -> None:
-        job.state = JobState.FAILED if event.flag == Outcome.ERROR else JobState.DONE
+        job.state = JobState.FAILED if event.flag == _ERROR else JobState.DONE
         del self.jobs[job.id]
-        if job.lane is Lane.HOOKS:
+        if job.lane is _HOOKS:
             self._unload(job, now)
             self._tell(Kind.HOOK_ENDED, job.of or job.id, event.flag, body=event.body)
             return
-        self._tell(Kind.DONE, job.id, event.flag, a=event.runtime, b=event.max_rss, body=event.body)
+        self._tell(_DONE, job.id, event.flag, event.runtime, event.max_rss, event.body)
         if job.hooks:
             self._hook(job.id, event.flag, job.hooks, event.body, now)
 

@@ -41,6 +41,9 @@ _PROGRESS_TEXT = 200
 EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: Seconds below which the memory that a job has used may be told with the job behind it.
+_LITTLE = 0.0005
 
 
 @dataclass(slots=True)
@@ -82,7 +85,8 @@ class Worker:
         self.doomed = False
         self._reader = FrameReader("the dispatcher")
         self._sending = threading.Lock()
-        self._unsent: list[bytes] = []
+        self._unsent = b""
+        self._peak = 0.0
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
@@ -146,24 +150,28 @@ class Worker:
         """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""
         try:
             with self._sending:
-                waiting, self._unsent = self._unsent, []
-                if sum(map(len, pieces)) < _JOIN_BELOW:
-                    if joined := b"".join((*waiting, *pieces)):
-                        self.data.sendall(joined)
-                    return
-                for piece in (*waiting, *pieces):
-                    self.data.sendall(piece)
+                for piece in pieces:
+                    if len(self._unsent) + len(piece) < _JOIN_BELOW:
+                        self._unsent += piece
+                    else:
+                        self._send_unsent()
+                        self.data.sendall(piece)
+                self._send_unsent()
         except OSError:  # the dispatcher is gone, and so is the reason to live
             os._exit(EX_UNREADY)
+
+    def _send_unsent(self) -> None:
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            self.data.sendall(unsent)
 
     def send_now(self, frame: bytes, patience: float) -> bool:
         """From who must not wait long: what waited for company, and one small frame; or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            if data := b"".join((*self._unsent, frame)):
-                sent = self.data.send(data, socket.MSG_DONTWAIT)
-                self._unsent = [data[sent:]] if sent < len(data) else []
+            if data := self._unsent + frame:
+                self._unsent = data[self.data.send(data, socket.MSG_DONTWAIT) :]
             return True
         except OSError:
             return False
@@ -198,23 +206,25 @@ class Worker:
             with self._sending:  # another thread of the task may be about to send it
                 word, current.untold = current.untold, None
                 if word is not None:
-                    self._unsent.append(_progress(job, word))
+                    self._unsent += _progress(job, word)
         with self.gate:
             self.current = None
             doomed = self.doomed
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
-        runtime, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._report(job, flag, runtime, peak * (1 if sys.platform == "darwin" else 1024), body)
+        self._report(job, flag, time.monotonic() - started, body)
 
-    def _report(self, job: int, flag: int, runtime: float, peak: float, body: bytes) -> None:
+    def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         booting.flush_streams()
+        if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
+            self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        peak = self._peak
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
-            with self._sending:
-                self._unsent.append(head + body)
+            with self._sending:  # the watchdog may be sending too
+                self._unsent += head + body
         elif len(body) < _JOIN_BELOW:
             self.send(head + body)
         else:

@@ -407,3 +407,10 @@ def test_the_errors_fit_the_standard_trees() -> None:
     assert issubclass(TimeLimitExceeded, TimeoutError)
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(PayloadError, TypeError)
+
+
+def test_results_before_a_failing_item_of_the_same_chunk_are_given(pool: ProcessPool) -> None:
+    results = pool.map(operator.floordiv, [4, 4, 4, 4], [1, 2, 0, 1], chunksize=4)
+    assert [next(results), next(results)] == [4, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)

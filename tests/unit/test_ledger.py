@@ -124,6 +124,11 @@ class World:
         assert job is not None
         self.tell(f.JobDone(worker, job.id, flag, b"body", runtime, rss))
 
+    def run(self, worker: int, flag: Outcome = Outcome.VALUE, rss: float = 0.0) -> None:
+        """Begins and ends one job, and both are heard together."""
+        job = self.workers[worker].inbox.pop(0)
+        self.tell(f.JobRan(worker, job.id, self.now, flag, b"body", 0.00001, rss))
+
     def hand_back(self, worker: int) -> None:
         self.tell(f.JobReturned(worker, self.workers[worker].inbox.pop().id))
 
@@ -466,6 +471,32 @@ def test_replacements_that_cannot_start_do_not_end_a_pool_that_works(lane: Lane)
     assert lane is Lane.TASKS or world.hook_ends == {9: 1}
 
 
+@pytest.mark.parametrize("hooks", [b"", b"hooks"])
+@pytest.mark.parametrize("flag", [Outcome.VALUE, Outcome.ERROR])
+@pytest.mark.parametrize("limits", [{}, {"max_tasks": 2}, {"max_memory": 100}])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_start_and_an_end_mean_the_same_together(
+    hooks: bytes, flag: Outcome, limits: dict[str, int], cancelled: bool
+) -> None:
+    worlds = World(1, **limits), World(1, **limits)
+    for world, together in zip(worlds, (False, True), strict=True):
+        world.get_ready(0)
+        jobs = [world.submit(number, hooks=hooks, hard=5.0) for number in (1, 2)]
+        if cancelled:
+            world.tell(f.Cancelled(1, signal.SIGTERM, 0.5))
+        if together:
+            world.run(0, flag, 200.0)
+        else:
+            world.begin(0)
+            world.end(0, flag, rss=200.0)
+        assert jobs[0].state.terminal
+    apart, joined = ([(x.kind, x.job, x.flag, x.body) for x in world.frames] for world in worlds)
+    assert [x for x in apart if x[0] is not Kind.STARTED] == [x for x in joined if x[0] is not Kind.STARTED]
+    assert [w.inbox[0].id if w.inbox else 0 for w in worlds[0].workers.values()] == [
+        w.inbox[0].id if w.inbox else 0 for w in worlds[1].workers.values()
+    ]
+
+
 def open_rule(**strategies: Any) -> Any:
     """A rule for as long as there is a pool."""
 
@@ -512,6 +543,12 @@ class Pool(RuleBasedStateMachine):
         for luck in lucks:
             if (worker := self.pick(luck)) is not None:
                 self.world.step(worker)
+
+    @open_rule(luck=st.integers(0, 100))
+    def run(self, luck: int) -> None:
+        worker = self.pick(luck, "ready", "inbox")
+        if worker is not None and (played := self.world.workers[worker]).running is None and not played.killed:
+            self.world.run(worker)
 
     @open_rule(luck=st.integers(0, 100))
     def hand_back(self, luck: int) -> None:
