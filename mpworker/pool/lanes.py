@@ -32,6 +32,7 @@ BATCH_SECONDS = 0.001
 #: … and of at most this many jobs.
 BATCH_JOBS = 64
 _BLINK = 2e-5  # seconds: less is not told apart
+_SHORTEST = 1e-7  # seconds that a run time counts at least
 # The members that each task needs: reading one from its enum takes longer than comparing it.
 _ASSIGNED, _BUSY, _HOOKS = JobState.ASSIGNED, WorkerState.BUSY, Lane.HOOKS
 
@@ -128,8 +129,8 @@ class LaneBook:
     def note_runtime(self, seconds: float) -> None:
         """Takes one run time into the running mean; a single one that is far off, such as that of a process which had
         to wait for a processor, has little weight."""
-        mean = self._mean
-        self._mean += (min(seconds, 8 * mean + _BLINK) - mean) * 0.1 if mean else seconds
+        mean, seconds = self._mean, max(_SHORTEST, seconds)  # in this order NaN, which a worker may say, loses
+        self._mean += (min(seconds, 8 * mean + _BLINK) - mean) * 0.1 if mean else min(seconds, 1.0)
 
     # -- staffing ------------------------------------------------------------------------------------------------
 
@@ -159,9 +160,9 @@ class LaneBook:
         """A worker has said that it can work."""
         worker.pid = pid
         self._boot_failures, self.ever_ready = 0, True
-        if worker.state is WorkerState.STARTING:
+        if worker.state is WorkerState.STARTING and not worker.killed and not worker.fault:
             self.hand_out(worker, now)
-        elif worker.state is WorkerState.STOPPING:
+        elif worker.state is WorkerState.STOPPING and not worker.jobs:
             self.dismiss(worker, now)
 
     def boot_failed(self, now: float) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from mpworker.pool import facts as f
 from mpworker.pool.facts import Action, Job, Lane, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
-from mpworker.pool.lanes import MAX_BOOT_FAILURES, LaneBook
+from mpworker.pool.lanes import MAX_BOOT_FAILURES, START_GRACE, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
 from mpworker.states import JobState, WorkerState
 
@@ -30,10 +30,11 @@ HOOKS_HIGH_WATER = 64 << 20
 _HOOK_COST = 1024  # of a callback in the queue, besides its outcome
 _HOOK_ID = 1 << 62
 # The members that each task needs: reading one from its enum takes longer than comparing it.
-_ASSIGNED, _RUNNING, _BUSY, _TASKS, _HOOKS = (
+_ASSIGNED, _RUNNING, _BUSY, _KILLED, _TASKS, _HOOKS = (
     JobState.ASSIGNED,
     JobState.RUNNING,
     WorkerState.BUSY,
+    WorkerState.KILLED,
     Lane.TASKS,
     Lane.HOOKS,
 )
@@ -108,6 +109,8 @@ class Ledger:
 
     def apply_all(self, events: Iterable[Any], now: float) -> list[Action]:
         """As :meth:`apply` for several events that have become known together."""
+        if self.finished:  # nobody is there to act, nor to listen
+            return []
         handlers = self._handlers
         for event in events:
             handlers[type(event)](event, now)
@@ -141,8 +144,8 @@ class Ledger:
 
     def _begin(self, event: f.Begun, now: float) -> None:
         self.begun = True
+        self._tasks.closed, self._hooks.closed = self._stopping, False  # callbacks run to the end all the same
         for book in self._books:
-            book.closed = False
             book.balance(now)
 
     def _submitted(self, event: f.Submitted, now: float) -> None:
@@ -238,7 +241,9 @@ class Ledger:
 
     def _unready(self, event: f.WorkerUnready, now: float) -> None:
         found = self._find(event.worker) if event.worker is not None else None
-        if found is None or (found[0] is self._tasks and not found[0].ever_ready):
+        if found is None and event.worker is not None:
+            self.late += 1
+        elif found is None or (found[0] is self._tasks and not found[0].ever_ready and not found[1].killed):
             self._break(event.why)
         else:  # its exit, which follows, counts as the failure
             self._log(logging.ERROR, f"a replacement worker did not get ready: {event.why}")
@@ -249,22 +254,25 @@ class Ledger:
             self.late += 1
             return
         worker = found[1]
-        job.state, job.started = _RUNNING, event.at
+        if worker.running is not None:
+            self._faulty(f.WorkerFaulty(worker.id, "it began a task before it had ended the one before"), now)
+            return
+        at = event.at if event.at <= now else now  # a limit must not depend on what a worker makes up
+        job.state, job.started = _RUNNING, at
         if job.hard:
-            job.guard = min(job.guard, event.at + job.hard + GUARD_GRACE)
+            job.guard = min(job.guard, at + job.hard + GUARD_GRACE)
         worker.running, worker.call = job, None
-        if worker.state is _BUSY:
+        if worker.state is not _KILLED:
             worker.deadline = inf
         self._settle_recall(job)
         if job.lane is _TASKS:
-            self._tell(_STARTED, job.id, 0, event.at, float(worker.pid))
+            self._tell(_STARTED, job.id, 0, at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
 
     def _soft(self, event: f.SoftLimitHit, now: float) -> None:
-        job = self.jobs.get(event.job)
-        if job is not None and job.lane is Lane.TASKS:
-            self._tell(Kind.SOFT, job.id, a=event.limit)
+        if (found := self._running(event)) is not None and found[2].lane is Lane.TASKS:
+            self._tell(Kind.SOFT, event.job, a=event.limit)
 
     def _progressed(self, event: f.JobProgressed, now: float) -> None:
         if self._running(event) is not None and not self._parent_is_full:  # nobody needs it as much as its memory
@@ -355,8 +363,11 @@ class Ledger:
         """A worker has got rid of a job: more of them, or its leave."""
         if worker.state is WorkerState.BUSY:
             book.hand_out(worker, now)
-        elif worker.state is WorkerState.STOPPING and not worker.jobs:
-            book.dismiss(worker, now)
+        elif worker.state is WorkerState.STOPPING:
+            if not worker.jobs:
+                book.dismiss(worker, now)
+            elif worker.running is None:  # it owes us what it has not started
+                worker.deadline = now + START_GRACE
 
     def _requeue(self, job: Job, now: float) -> None:
         job.worker, job.guard = None, inf
@@ -370,9 +381,11 @@ class Ledger:
 
     def _faulty(self, event: f.WorkerFaulty, now: float) -> None:
         found = self._find(event.worker)
-        if found is None or found[1].state in (WorkerState.STOPPING, WorkerState.KILLED):
+        if found is None:
             return
         book, worker = found
+        if worker.killed or worker.state is _KILLED or (worker.state is WorkerState.STOPPING and not worker.jobs):
+            return  # it is on its way
         worker.fault = event.why
         worker.deadline = now + GUARD_GRACE  # its exit usually follows at once, and tells more
         book.idle.pop(worker.id, None)

@@ -1,17 +1,14 @@
-"""The ledger alone: late, doubled and contradicting events, and a machine that plays every worker at once."""
+"""The ledger alone: late, doubled and contradicting events, one by one; ``test_ledger_machine.py`` has all at once."""
 
 from __future__ import annotations
 
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from mpworker.pool import facts as f
 from mpworker.pool import ledger
@@ -497,161 +494,109 @@ def test_a_start_and_an_end_mean_the_same_together(
     ]
 
 
-def open_rule(**strategies: Any) -> Any:
-    """A rule for as long as there is a pool."""
-
-    def decorate(function: Any) -> Any:
-        return precondition(lambda self: not self.world.finished)(rule(**strategies)(function))
-
-    return decorate
-
-
-class Pool(RuleBasedStateMachine):
-    """Any order of requests, work, deaths, silence and lies; then everything has ended exactly once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.next_job, self.tokens, self.boot_deaths = 1, 0, 0
-        self.hooked: set[int] = set()
-        self.closed = False
-
-    @initialize(size=st.integers(1, 4), max_tasks=st.sampled_from([0, 0, 1, 3]))
-    def start(self, size: int, max_tasks: int) -> None:
-        self.world = World(size, max_tasks=max_tasks)
-
-    def pick(self, luck: int, *conditions: str) -> int | None:
-        fitting = [
-            key for key, worker in self.world.workers.items() if all(getattr(worker, name) for name in conditions)
-        ]
-        return fitting[luck % len(fitting)] if fitting else None
-
-    @precondition(lambda self: not self.closed)
-    @open_rule(count=st.integers(1, 6), hard=st.sampled_from([0.0, 0.5]), hooks=st.sampled_from([b"", b"hooks"]))
-    def submit(self, count: int, hard: float, hooks: bytes) -> None:
-        for _ in range(count):
-            if hooks:
-                self.hooked.add(self.next_job)
-            self.world.submit(self.next_job, hard=hard, hooks=hooks)
-            self.next_job += 1
-
-    @open_rule(luck=st.integers(0, 100), signum=st.sampled_from([signal.SIGTERM, signal.SIGUSR1, 0]))
-    def cancel(self, luck: int, signum: int) -> None:
-        self.world.tell(f.Cancelled(luck % (self.next_job + 1), signum, 0.5))
-
-    @open_rule(lucks=st.lists(st.integers(0, 100), min_size=1, max_size=8))
-    def work(self, lucks: list[int]) -> None:
-        for luck in lucks:
-            if (worker := self.pick(luck)) is not None:
-                self.world.step(worker)
-
-    @open_rule(luck=st.integers(0, 100))
-    def run(self, luck: int) -> None:
-        worker = self.pick(luck, "ready", "inbox")
-        if worker is not None and (played := self.world.workers[worker]).running is None and not played.killed:
-            self.world.run(worker)
-
-    @open_rule(luck=st.integers(0, 100))
-    def hand_back(self, luck: int) -> None:
-        if (worker := self.pick(luck, "inbox")) is not None:
-            self.world.hand_back(worker)
-
-    @open_rule(luck=st.integers(0, 100), fault=st.booleans())
-    def die(self, luck: int, fault: bool) -> None:
-        worker = self.pick(luck)
-        if worker is None:
-            return
-        if not self.world.workers[worker].ready:
-            self.boot_deaths += 1
-            if self.boot_deaths > 2:
-                return
-        if fault:
-            self.world.tell(f.WorkerFaulty(worker, "it closed its line"))
-            if worker not in self.world.workers:
-                return
-        self.world.exit(worker)
-
-    @open_rule(luck=st.integers(0, 100))
-    def expire(self, luck: int) -> None:
-        worker = self.pick(luck, "running")
-        if worker is not None and (job := self.world.workers[worker].running) is not None and job.hard:
-            self.world.tell(f.JobExpired(worker, job.id, "somewhere"))
-            self.world.workers[worker].killed += 1
-
-    @open_rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))
-    def wait(self, seconds: float) -> None:
-        self.world.now += seconds
-        if any(not worker.ready for worker in self.world.workers.values()):
-            self.world.now = min(self.world.now, self.world.ledger.next_deadline() - 1e-3)
-        if self.world.ledger.next_deadline() <= self.world.now:
-            self.world.tell(f.Ticked())
-
-    @precondition(lambda self: not self.closed)
-    @open_rule(size=st.integers(1, 5))
-    def resize(self, size: int) -> None:
-        self.world.size = size
-        self.world.tell(f.Resized(size))
-
-    @open_rule(on=st.booleans())
-    def pause(self, on: bool) -> None:
-        self.world.tell(f.Paused(on))
-
-    @open_rule()
-    def flush(self) -> None:
-        self.tokens += 1
-        self.world.tell(f.FlushAsked(self.tokens))
-
-    @open_rule(how=st.sampled_from([f.Draining, f.Draining, f.Stopping]), really=st.integers(0, 3))
-    def close(self, how: type, really: int) -> None:
-        if really == 0:
-            self.closed = True
-            self.world.tell(how())
-
-    @open_rule(luck=st.integers(0, 100), job=st.integers(0, 40), kind=st.integers(0, 4))
-    def lie(self, luck: int, job: int, kind: int) -> None:
-        """A worker speaks of a job that it does not have."""
-        worker = self.pick(luck)
-        worker = 9999 if worker is None else worker
-        played = self.world.workers.get(worker)
-        if played is not None and job in [j.id for j in [*played.inbox, *([played.running] if played.running else [])]]:
-            return
-        events = [
-            f.JobDone(worker, job, Outcome.VALUE, b"lie", 0.0, 0.0),
-            f.JobStarted(worker, job, self.world.now),
-            f.JobReturned(worker, job),
-            f.JobExpired(worker, job),
-            f.HookCalled(worker, job, 0, b"lie", b"lie"),
-        ]
-        before = self.world.ends.copy()
-        self.world.tell(events[kind])
-        assert self.world.ends == before
-
-    @rule()
-    def rest(self) -> None:
-        """After the end there is nothing else to do."""
-
-    def teardown(self) -> None:
-        if not hasattr(self, "world"):
-            return
-        world = self.world
-        if not world.finished:
-            world.tell(f.Paused(False))
-            world.settle()
-        assert world.ends == dict.fromkeys(range(1, self.next_job), 1), "a job has no end"
-        assert world.hook_ends == dict.fromkeys(self.hooked, 1), "a callback has no end, or two"
-        flushed = [frame.job for frame in world.frames if frame.kind is Kind.FLUSHED]
-        assert flushed == list(range(1, self.tokens + 1)), "a flush has no answer"
-        if not world.finished:
-            world.tell(f.Draining())
-            world.settle()
-        assert world.finished
-        # But for those that not even SIGKILL has ended: the ledger does not wait for them for ever.
-        assert all(worker.killed > 1 for worker in world.workers.values()), "somebody is still there"
-        assert world.frames[-1].kind is Kind.BYE
-        assert not world.ledger.jobs
+def test_a_task_that_began_just_before_its_worker_became_surplus_keeps_its_time() -> None:
+    """The word that it began crosses the request to give it back; its worker leaves when it is done, however late."""
+    world = World(2)
+    for worker in (0, 1):
+        world.get_ready(worker)
+        world.submit(worker + 1)
+    world.tell(f.Resized(1))
+    world.begin(0)
+    world.begin(1)
+    assert world.ledger.next_deadline() == inf
+    world.now += 1e6
+    assert world.tell(f.Ticked()) == []
+    world.end(0)
+    world.end(1)
+    assert [world.kinds(job) for job in (1, 2)] == [[Kind.STARTED, Kind.DONE]] * 2
 
 
-TestPool = Pool.TestCase
-# Not shrunk: that may take minutes, and a run of forty steps can be read.
-TestPool.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
-)
+def test_what_a_leaving_worker_neither_begins_nor_gives_back_is_begun_elsewhere() -> None:
+    world = World(1, max_memory=100)
+    world.get_ready(0)
+    world.submit(1)
+    world.begin(0)
+    for job in range(2, 40):
+        world.submit(job)
+    world.end(0)
+    assert len(world.workers[0].inbox) > 1, "they travel in a batch"
+    world.begin(0)
+    world.end(0, rss=200.0)  # it has grown too big; and now it says nothing any more
+    world.now = world.ledger.next_deadline()
+    assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
+    world.exit(0)
+    world.settle()
+    assert world.ends == dict.fromkeys(range(1, 40), 1)
+
+
+def test_a_worker_that_begins_a_task_before_it_has_ended_another_is_ended(world: World) -> None:
+    world.submit(1)
+    world.begin(0)
+    for job in range(2, 40):
+        world.submit(job, hard=1.0)
+    world.end(0)
+    first, second = (job.id for job in world.workers[0].inbox[:2])
+    world.tell(f.JobStarted(0, first, world.now))
+    world.tell(f.JobStarted(0, second, world.now))
+    world.now += GUARD_GRACE
+    assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
+    world.exit(0, None, signal.SIGTERM)
+    state, told = world.verdict(first)
+    assert (state, told["by_pool"]) == (JobState.LOST, True)
+    assert "before it had ended" in told["why"]
+    world.settle()
+    assert world.kinds(second) == [Kind.STARTED, Kind.DONE]
+
+
+@pytest.mark.parametrize("at", [inf, nan, 1e300])
+def test_no_worker_talks_itself_out_of_its_limit(world: World, at: float) -> None:
+    world.submit(7, hard=2.0)
+    world.tell(f.JobStarted(0, 7, at))
+    assert world.ledger.next_deadline() == world.now + 2.0 + GUARD_GRACE
+
+
+def test_a_leaving_worker_whose_line_is_broken_is_ended() -> None:
+    """Nobody will hear of the task that it still runs."""
+    world = World(1, max_tasks=1)
+    world.get_ready(0)
+    world.submit(1)
+    world.begin(0)
+    world.tell(f.Resized(0))
+    world.tell(f.WorkerFaulty(0, "garbage"))
+    world.now = world.ledger.next_deadline()
+    assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
+    world.exit(0)
+    assert world.verdict(1)[0] is JobState.LOST
+
+
+def test_a_pool_that_is_stopped_before_its_application_is_loaded_starts_nobody_for_nothing() -> None:
+    """But for the callbacks of what it was asked to do."""
+    ledger = Ledger(3, 60.0, 5.0)
+    ledger.apply(f.Submitted(Job(1, hooks=b"hooks")), 0.0)
+    ledger.apply(f.Stopping(), 0.0)
+    spawned = [action for action in ledger.apply(f.Begun(), 0.0) if isinstance(action, f.Spawn)]
+    assert [action.lane for action in spawned] == [Lane.HOOKS]
+
+
+def test_a_word_of_somebody_who_was_given_up_ends_no_pool(world: World) -> None:
+    assert world.tell(f.WorkerUnready(99, "it cannot be loaded")) == []
+    assert not world.finished
+
+
+@pytest.mark.parametrize("runtime", [nan, inf, -1.0, 0.0, 5e-324])
+def test_no_run_time_that_a_worker_makes_up_stops_the_work(world: World, runtime: float) -> None:
+    for job in range(1, 30):
+        world.submit(job)
+    for _ in range(3):
+        world.begin(0)
+        world.end(0, runtime=runtime)
+    world.settle()
+    assert world.ends == dict.fromkeys(range(1, 30), 1)
+
+
+def test_after_the_end_nothing_is_decided(world: World) -> None:
+    world.tell(f.Draining())
+    world.settle()
+    assert world.finished
+    assert world.tell(f.Submitted(Job(1))) == []
+    assert world.tell(f.WorkerGone(0, 0, None, None)) == []

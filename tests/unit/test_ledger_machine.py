@@ -1,0 +1,694 @@
+"""The ledger as a state machine: any order of events, of honest workers and of liars, keeps every promise.
+
+The machine plays the parent and every process. It believes what a worker says of the jobs that the worker holds, as the
+ledger must, and nothing else. What the ledger decides is checked action by action, against the model alone: nothing
+here looks inside the ledger.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf, nan
+from typing import Any
+
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mpworker.pool import facts as f
+from mpworker.pool import ledger as ledger_module
+from mpworker.pool.facts import Job, Lane
+from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.lanes import UNKILLABLE
+from mpworker.pool.ledger import GUARD_GRACE, Ledger
+from mpworker.pool.parcel import Outcome, open_verdict
+
+READY_TIMEOUT, CALLBACK_LIMIT, MEMORY = 60.0, 5.0, 1000
+GHOST = 9999  # a worker that there has never been
+FATAL = (signal.SIGTERM, signal.SIGKILL)
+LUCK = st.integers(0, 1000)
+
+
+@dataclass(eq=False)
+class Played:
+    """A worker process as the test plays it."""
+
+    id: int
+    slot: int
+    lane: Lane
+    ready: bool = False
+    inbox: list[Job] = field(default_factory=list)
+    running: Job | None = None
+    guard: float = inf
+    begun: int = 0
+    #: jobs that it was asked to give back
+    asked: set[int] = field(default_factory=set)
+    leaving: bool = False
+    #: rungs of the kill ladder, and when the last one was
+    kills: int = 0
+    killed_at: float = inf
+    #: its own watchdog has signalled its group
+    shot: bool = False
+    #: it says nothing any more, or has contradicted itself
+    faulty: bool = False
+    #: stopped: only SIGKILL ends it
+    frozen: bool = False
+    #: in an uninterruptible wait: nothing ends it
+    unkillable: bool = False
+
+    @property
+    def doomed(self) -> bool:
+        return bool(self.kills or self.shot or self.faulty)
+
+    def holds(self, job: int) -> bool:
+        return any(job == held.id for held in [*self.inbox, *filter(None, [self.running])])
+
+    def takes_out(self, job: int) -> Job | None:
+        """The job, out of its inbox."""
+        for held in self.inbox:
+            if held.id == job:
+                self.inbox.remove(held)
+                return held
+        return None
+
+
+class World:
+    """A ledger, a clock, the parent's requests and the processes."""
+
+    def __init__(self, size: int, *, resumed: bool = False, **limits: Any) -> None:
+        self.ledger = Ledger(size, READY_TIMEOUT, CALLBACK_LIMIT, **limits)
+        self.max_tasks = limits.get("max_tasks", 0)
+        if resumed:
+            self.ledger.resume()
+        self.size, self.cap, self.now = size, size, 1000.0
+        self.workers: dict[int, Played] = {}
+        self.frames: list[Frame] = []
+        self.jobs: dict[int, Job] = {}  # submitted, of either lane
+        self.started: set[int] = set()
+        self.ends: Counter[int] = Counter()
+        self.hook_ends: Counter[int] = Counter()
+        self.hook_calls: Counter[int] = Counter()
+        self.called: set[int] = set()
+        self.cancelled: set[int] = set()
+        self.tokens: list[int] = []
+        self.history: list[Any] = []
+        self.ever_ready, self.begun, self.paused = resumed, False, False
+        self.closing = self.stopping = self.finished = self.broken = False
+        self._together = False
+        self._done: set[int] = set()  # DONE may be told of these
+        self._due: list[Job] = []  # these must have ended when the event has been taken in
+        self._may_break = False
+        self.sound = True  # no check has failed
+
+    # -- what happens --------------------------------------------------------------------------------------------
+
+    def tell(self, *events: Any) -> list[Any]:
+        """Something becomes known; the actions that follow are checked and done."""
+        self._together, self._done, self._due = len(events) > 1, set(), []
+        self._may_break, self.sound = not self.ever_ready, False
+        over = self.finished
+        for event in () if over else events:
+            self._believe(event)
+            self.history.append(event)
+        apply = self.ledger.apply_all if self._together else lambda some, now: self.ledger.apply(some[0], now)
+        actions = apply(events, self.now)
+        assert not (over and actions), f"something follows the end: {actions}"
+        for action in actions:
+            getattr(self, f"_{type(action).__name__.lower()}")(action)
+        if not self.broken:
+            for job in self._due:
+                count = self.ends[job.id] if job.lane is Lane.TASKS else self.hook_ends[job.of or job.id]
+                assert count, f"job {job.id} has come to its end, and nobody is told"
+        if any(isinstance(event, f.Ticked) for event in events):
+            self._check_guards()
+        for worker in [key for key, played in self.workers.items() if self._given_up(played)]:
+            del self.workers[worker]
+        self.sound = True
+        return actions
+
+    def _check_guards(self) -> None:
+        assert self.finished or self.ledger.next_deadline() > self.now, "it asks for the same moment again"
+        for worker in self.workers.values():
+            if worker.running is not None and worker.guard <= self.now and not self.finished:
+                assert worker.kills or worker.shot, f"job {worker.running.id} outlives its hard limit"
+
+    def _given_up(self, worker: Played) -> bool:
+        """The ledger counts it as gone, although its process is there."""
+        return worker.kills > 1 and self.now >= worker.killed_at + UNKILLABLE
+
+    def _living(self, lane: Lane = Lane.TASKS) -> list[Played]:
+        return [worker for worker in self.workers.values() if worker.lane is lane and not self._given_up(worker)]
+
+    # -- what the ledger must believe of an event ----------------------------------------------------------------
+
+    def _believe(self, event: Any) -> None:
+        getattr(self, f"_on_{type(event).__name__.lower()}", lambda _: None)(event)
+
+    def _on_begun(self, event: f.Begun) -> None:
+        self.begun = True
+
+    def _on_submitted(self, event: f.Submitted) -> None:
+        self.jobs.setdefault(event.job.id, event.job)
+
+    def _on_cancelled(self, event: f.Cancelled) -> None:
+        if event.signum != signal.SIGUSR1:  # that is the soft limit
+            self.cancelled.add(event.job)
+
+    def _on_resized(self, event: f.Resized) -> None:
+        self.size = event.size
+        self.cap = max(event.size, len(self._living()))
+
+    def _on_flushasked(self, event: f.FlushAsked) -> None:
+        self.tokens.append(event.token)
+
+    def _on_paused(self, event: f.Paused) -> None:
+        self.paused = event.on
+
+    def _on_draining(self, event: f.Draining) -> None:
+        self.closing = True
+
+    def _on_stopping(self, event: f.Stopping) -> None:
+        self.closing = self.stopping = True
+
+    def _on_workerready(self, event: f.WorkerReady) -> None:
+        if (worker := self.workers.get(event.worker)) is not None:
+            worker.ready = True
+            self.ever_ready |= worker.lane is Lane.TASKS
+
+    def _on_jobstarted(self, event: f.JobStarted) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is None or not any(held.id == event.job for held in worker.inbox):
+            return
+        if worker.running is not None:  # before it has said what became of that: it makes no sense any more
+            worker.faulty = True
+            return
+        worker.running = worker.takes_out(event.job)
+        assert worker.running is not None
+        worker.begun += 1
+        self.started.add(event.job)
+        if worker.running.hard:
+            at = event.at if event.at <= self.now else self.now  # nobody starts in the future
+            worker.guard = at + worker.running.hard + GUARD_GRACE
+
+    def _on_jobdone(self, event: f.JobDone | f.JobRan) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None and worker.running is not None and worker.running.id == event.job:
+            self._due.append(worker.running)
+            self._done.add(event.job)
+            worker.running, worker.guard = None, inf
+
+    def _on_jobran(self, event: f.JobRan) -> None:
+        self._on_jobstarted(f.JobStarted(event.worker, event.job, event.at))
+        self._on_jobdone(event)
+
+    def _on_jobreturned(self, event: f.JobReturned) -> None:
+        if (worker := self.workers.get(event.worker)) is not None:
+            worker.takes_out(event.job)
+
+    def _on_jobexpired(self, event: f.JobExpired) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None and worker.running is not None and worker.running.id == event.job:
+            worker.shot = True
+
+    def _on_hookcalled(self, event: f.HookCalled) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None and worker.running is not None and worker.running.id == event.job:
+            self.called.add(event.job)
+
+    def _on_workerfaulty(self, event: f.WorkerFaulty) -> None:
+        if (worker := self.workers.get(event.worker)) is not None:
+            worker.faulty = True
+
+    def _on_workergone(self, event: f.WorkerGone) -> None:
+        worker = self.workers.pop(event.worker, None)
+        if worker is not None and worker.running is not None:
+            self._due.append(worker.running)
+
+    # -- what the ledger decides ---------------------------------------------------------------------------------
+
+    def _spawn(self, action: f.Spawn) -> None:
+        assert action.worker not in self.workers
+        assert self.begun
+        assert not self.finished
+        living = self._living(action.lane)
+        assert action.slot not in {worker.slot for worker in living}, "two workers share a slot"
+        asked = self.size if action.lane is Lane.TASKS else 1
+        assert self._together or len(living) < asked, "more workers than asked for"
+        assert self._together or not (self.stopping and action.lane is Lane.TASKS), "who shall that one serve?"
+        self.workers[action.worker] = Played(action.worker, action.slot, action.lane)
+
+    def _assign(self, action: f.Assign) -> None:
+        job, worker = action.job, self.workers.get(action.worker)
+        if worker is None:
+            assert self._together, "a job is given to somebody who is gone"
+            return
+        assert worker.ready
+        assert not worker.leaving
+        assert self._together or not worker.doomed, "a job is given to somebody who is about to go"
+        assert worker.lane is job.lane
+        assert not self.ends[job.id], "a job that has ended is given out"
+        assert job.id not in self.started, "a job that has started is given out again"
+        assert self._together or not (self.paused and job.lane is Lane.TASKS), "the parent does not read"
+        assert not any(other.holds(job.id) for other in self.workers.values() if not self._given_up(other)), "twice"
+        worker.inbox.append(job)
+        held = worker.begun + len(worker.inbox)
+        assert not self.max_tasks or worker.lane is Lane.HOOKS or held <= self.max_tasks, "it is used up"
+
+    def _dismiss(self, action: f.Dismiss) -> None:
+        if (worker := self.workers.get(action.worker)) is not None:
+            assert not worker.inbox
+            assert worker.running is None, "somebody who works is asked to leave"
+            worker.leaving = True
+
+    def _signal(self, action: f.Signal) -> None:
+        worker = self.workers.get(action.worker)
+        if worker is None:
+            return
+        if worker.running is not None and worker.running.id == action.job:
+            worker.shot |= action.signum in FATAL
+        elif worker.holds(action.job):
+            worker.asked.add(action.job)
+
+    def _kill(self, action: f.Kill) -> None:
+        worker = self.workers.get(action.worker)
+        if worker is None:  # it may be that its exit is not known to the ledger yet
+            return
+        if worker.running is not None and not self._together:
+            asked = self.stopping or worker.running.id in self.cancelled
+            assert asked or worker.guard <= self.now or worker.doomed, (
+                f"job {worker.running.id} is killed without cause"
+            )
+        assert action.signum == (signal.SIGKILL if worker.kills else signal.SIGTERM)
+        worker.kills += 1
+        worker.killed_at = self.now
+
+    def _tell(self, action: f.Tell) -> None:
+        frame = action.frame
+        assert not self.finished, "something follows the end"
+        self.frames.append(frame)
+        kind, job = frame.kind, frame.job
+        if kind in (Kind.DONE, Kind.ENDED):
+            assert job in self.jobs
+            self.ends[job] += 1
+            assert self.ends[job] == 1, "a job has two ends"
+            if kind is Kind.DONE:
+                assert job in self._done, "a job is done that nobody has done"
+            else:
+                assert open_verdict(frame.body)[0].terminal
+        elif kind in (Kind.STARTED, Kind.SOFT, Kind.PROGRESS):
+            assert job in self.started, "a job is said to run that does not"
+            assert not self.ends[job], "a word after the end"
+        elif kind is Kind.HOOK_ENDED:
+            self.hook_ends[job] += 1
+        elif kind is Kind.HOOK_QUEUED:
+            assert job in self.called, "a callback that nobody has asked for"
+            self.hook_calls[job] += 1
+            assert self.hook_calls[job] == 1
+        elif kind is Kind.BROKEN:
+            assert self._may_break, f"a pool that works ends: {frame.body!r}"
+            self.broken = True
+
+    def _finish(self, action: f.Finish) -> None:
+        assert self.frames[-1].kind is (Kind.BROKEN if self.broken else Kind.BYE)
+        self.finished = True
+
+    # -- what good processes do ----------------------------------------------------------------------------------
+
+    def next_words(self, worker: Played, count: int, runtime: float, rss: float) -> list[Any]:
+        """What a good worker says next, in one go: it works through its inbox."""
+        words: list[Any] = []
+        running, inbox = worker.running, [job for job in worker.inbox if job.id not in worker.asked]
+        for _ in range(count):
+            if running is not None:
+                words.append(f.JobDone(worker.id, running.id, Outcome.VALUE, b"body", runtime, rss))
+                running = None
+            elif inbox:
+                running = inbox.pop(0)
+                words.append(f.JobStarted(worker.id, running.id, self.now))
+        return words
+
+    def step(self, worker: Played) -> bool:
+        """One process does what comes next; ``False`` if that is nothing."""
+        if worker.unkillable:
+            return False
+        if worker.kills > 1 or ((worker.kills or worker.shot) and not worker.frozen):
+            self.tell(f.WorkerGone(worker.id, None, signal.SIGKILL, 1 << 20))
+        elif worker.frozen or worker.faulty:
+            return False
+        elif not worker.ready:
+            self.tell(f.WorkerReady(worker.id, 100 + worker.id))
+        elif worker.asked:
+            job = worker.asked.pop()
+            if any(held.id == job for held in worker.inbox):
+                self.tell(f.JobReturned(worker.id, job))
+        elif words := self.next_words(worker, 1, 0.00001, 0.0):
+            self.tell(*words)
+        elif worker.leaving:
+            self.tell(f.WorkerGone(worker.id, 0, None, 1 << 20))
+        else:
+            return False
+        return True
+
+    def settle(self) -> None:
+        """Lets everybody work, and time pass, until nothing moves any more."""
+        for _ in range(3000):
+            if self.finished:
+                return
+            moved = [self.step(worker) for worker in list(self.workers.values())]
+            if any(moved):
+                continue
+            deadline = self.ledger.next_deadline()
+            if deadline == inf:
+                return
+            self.now = max(self.now, deadline)
+            self.tell(f.Ticked())
+        raise AssertionError("it never comes to rest")
+
+
+def open_rule(**strategies: Any) -> Any:
+    """A rule for as long as there is a pool."""
+
+    def decorate(function: Any) -> Any:
+        return precondition(lambda self: not self.world.finished)(rule(**strategies)(function))
+
+    return decorate
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests, work, deaths, silence, stops, lies, echoes; then an end that must come."""
+
+    @initialize(
+        size=st.integers(1, 4),
+        limits=st.sampled_from([{}, {}, {"max_tasks": 1}, {"max_tasks": 3}, {"max_memory": MEMORY}]),
+        start=st.sampled_from(["ready", "ready", "ready", "resumed", "new"]),
+        high_water=st.sampled_from([64 << 20, 64 << 20, 3000]),
+    )
+    def start(self, size: int, limits: dict[str, int], start: str, high_water: int) -> None:
+        self.high_water, ledger_module.HOOKS_HIGH_WATER = ledger_module.HOOKS_HIGH_WATER, high_water
+        self.next_job = 1
+        self.world = World(size, resumed=start == "resumed", **limits)
+        if start == "ready":
+            self.world.tell(f.Begun())
+            self.world.tell(f.WorkerReady(0, 100))
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            try:
+                if self.world.sound:
+                    self.bring_to_an_end()
+            finally:
+                ledger_module.HOOKS_HIGH_WATER = self.high_water
+
+    def pick(self, luck: int, *conditions: str) -> Played | None:
+        """Somebody who fulfils the conditions: names of attributes, with a ``!`` before those that must be false."""
+
+        def fits(worker: Played) -> bool:
+            return all(bool(getattr(worker, name.lstrip("!"))) != name.startswith("!") for name in conditions)
+
+        fitting = [worker for worker in self.world.workers.values() if fits(worker)]
+        return fitting[luck % len(fitting)] if fitting else None
+
+    # -- the parent ----------------------------------------------------------------------------------------------
+
+    def new_jobs(self, count: int, **more: Any) -> list[f.Submitted]:
+        first, self.next_job = self.next_job, self.next_job + count
+        return [f.Submitted(Job(number, **more)) for number in range(first, self.next_job)]
+
+    @precondition(lambda self: not self.world.closing)
+    @open_rule(
+        count=st.integers(1, 8),
+        hard=st.sampled_from([0.0, 0.0, 0.5, 30.0]),
+        hooks=st.sampled_from([b"", b"hooks"]),
+        together=st.booleans(),
+    )
+    def submit(self, count: int, hard: float, hooks: bytes, together: bool) -> None:
+        events = self.new_jobs(count, hard=hard, hooks=hooks, body=b"body" * 100)
+        for group in [events] if together else [[event] for event in events]:
+            self.world.tell(*group)
+
+    @precondition(lambda self: not self.world.closing)
+    @open_rule(count=st.integers(1, 3))
+    def submit_callbacks(self, count: int) -> None:
+        for event in self.new_jobs(count, lane=Lane.HOOKS, hard=CALLBACK_LIMIT, hooks=b"hooks"):
+            self.world.tell(event)
+
+    @open_rule(luck=LUCK)
+    def submit_twice(self, luck: int) -> None:
+        jobs = [job for job in self.world.jobs.values() if not job.state.terminal]
+        if jobs:
+            same = jobs[luck % len(jobs)]
+            self.world.tell(f.Submitted(Job(same.id, same.lane, hard=same.hard, hooks=same.hooks)))
+
+    @open_rule(
+        luck=LUCK,
+        signum=st.sampled_from([signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, 0]),
+        grace=st.sampled_from([0.0, 0.5]),
+    )
+    def cancel(self, luck: int, signum: int, grace: float) -> None:
+        self.world.tell(f.Cancelled(luck % (self.next_job + 1), signum, grace))
+
+    @open_rule(size=st.integers(0, 5))
+    def resize(self, size: int) -> None:
+        self.world.tell(f.Resized(size))
+
+    @open_rule(on=st.booleans())
+    def pause(self, on: bool) -> None:
+        self.world.tell(f.Paused(on))
+
+    @open_rule()
+    def flush(self) -> None:
+        self.world.tell(f.FlushAsked(len(self.world.tokens) + 1))
+
+    @open_rule()
+    def begin(self) -> None:
+        self.world.tell(f.Begun())
+
+    @open_rule(how=st.sampled_from([f.Draining, f.Stopping]), really=st.integers(0, 9))
+    def close(self, how: type, really: int) -> None:
+        if really == 0 or self.world.closing:
+            self.world.tell(how())
+
+    @open_rule(luck=LUCK, close=st.sampled_from([f.Draining, f.Stopping, None, None]))
+    def ask_at_once(self, luck: int, close: type | None) -> None:
+        """Requests that have piled up."""
+        job = luck % (self.next_job + 1)
+        events = [
+            *([] if self.world.closing else self.new_jobs(3, hooks=b"hooks")),
+            f.Cancelled(job, signal.SIGTERM, 0.5),
+        ]
+        events += [f.FlushAsked(len(self.world.tokens) + 1), f.Paused(False)]
+        if close is not None and luck % 8 == 0:
+            events.append(close())
+        self.world.tell(*events)
+
+    # -- good processes ------------------------------------------------------------------------------------------
+
+    @open_rule(lucks=st.lists(LUCK, min_size=1, max_size=12))
+    def work(self, lucks: list[int]) -> None:
+        for luck in lucks:
+            if (worker := self.pick(luck)) is not None:
+                self.world.step(worker)
+
+    @open_rule(
+        luck=LUCK,
+        count=st.integers(2, 12),
+        runtime=st.sampled_from([0.0, 1e-5, 0.5, 100.0, -1.0, inf, nan, 5e-324]),
+        rss=st.sampled_from([0.0, 0.0, 2.0 * MEMORY]),
+    )
+    def work_quickly(self, luck: int, count: int, runtime: float, rss: float) -> None:
+        """A worker says much, and it is heard in one go."""
+        worker = self.pick(luck, "ready", "!doomed", "!frozen")
+        words = self.world.next_words(worker, count, runtime, rss) if worker is not None else []
+        if words:
+            self.world.tell(*words)
+
+    @open_rule(luck=LUCK, count=st.integers(1, 6), flag=st.sampled_from([Outcome.VALUE, Outcome.ERROR]))
+    def run(self, luck: int, count: int, flag: Outcome) -> None:
+        """As the dispatcher tells of jobs whose start and end it has heard together."""
+        worker = self.pick(luck, "ready", "inbox", "!running", "!doomed", "!frozen")
+        if worker is not None:
+            jobs = worker.inbox[:count]
+            self.world.tell(*[f.JobRan(worker.id, job.id, self.world.now, flag, b"b", 1e-5, 0.0) for job in jobs])
+
+    @open_rule(luck=LUCK, which=LUCK)
+    def hand_back(self, luck: int, which: int) -> None:
+        if (worker := self.pick(luck, "inbox", "!faulty")) is not None:
+            self.world.tell(f.JobReturned(worker.id, worker.inbox[which % len(worker.inbox)].id))
+
+    @open_rule(luck=LUCK, word=st.sampled_from(["soft", "progress", "call", "expired"]))
+    def say_of_the_running_job(self, luck: int, word: str) -> None:
+        worker = self.pick(luck, "running", "!faulty")
+        if worker is not None and (job := worker.running) is not None:
+            event = {
+                "soft": f.SoftLimitHit(worker.id, job.id, 1.0),
+                "progress": f.JobProgressed(worker.id, job.id, 1.0, 2.0, b"half"),
+                "call": f.HookCalled(worker.id, job.id, Outcome.VALUE, b"hooks", b"body"),
+                "expired": f.JobExpired(worker.id, job.id, "somewhere"),
+            }[word]
+            self.world.tell(event)
+
+    # -- bad luck ------------------------------------------------------------------------------------------------
+
+    @open_rule(luck=LUCK, how=st.sampled_from(["gone", "faulty", "unready", "closed and gone"]))
+    def die(self, luck: int, how: str) -> None:
+        if (worker := self.pick(luck, "!unkillable")) is None:
+            return
+        if how == "unready":
+            self.world.tell(f.WorkerUnready(worker.id, "it cannot be loaded"))
+        if how in ("faulty", "closed and gone"):
+            self.world.tell(f.WorkerFaulty(worker.id, "it closed its line"))
+        if how in ("gone", "closed and gone") and worker.id in self.world.workers:
+            self.world.tell(f.WorkerGone(worker.id, 1, None, None))
+
+    @open_rule(lucks=st.lists(LUCK, min_size=2, max_size=5))
+    def die_together(self, lucks: list[int]) -> None:
+        victims = {worker.id for luck in lucks if (worker := self.pick(luck)) is not None}
+        if victims:
+            self.world.tell(*[f.WorkerGone(worker, None, signal.SIGKILL, None) for worker in sorted(victims)])
+
+    @open_rule(luck=LUCK, how=st.sampled_from(["frozen", "frozen", "unkillable"]))
+    def freeze(self, luck: int, how: str) -> None:
+        if (worker := self.pick(luck)) is not None and (how == "frozen" or luck % 4 == 0):
+            setattr(worker, how, True)
+
+    @open_rule(luck=LUCK)
+    def thaw(self, luck: int) -> None:
+        if (worker := self.pick(luck, "frozen")) is not None:
+            worker.frozen = False
+
+    @precondition(lambda self: not self.world.ever_ready)
+    @open_rule(really=st.integers(0, 5))
+    def fail_to_load(self, really: int) -> None:
+        if really == 0:
+            self.world.tell(f.WorkerUnready(None, "there is no such module"))
+
+    @open_rule(seconds=st.sampled_from([0.0, 0.01, 0.1, 0.6, 2.0, 11.0, 100.0, 1e7]))
+    def wait(self, seconds: float) -> None:
+        """Time passes, more than was asked for if the machine was suspended."""
+        self.world.now += seconds
+        self.world.tell(f.Ticked())
+
+    # -- lies ----------------------------------------------------------------------------------------------------
+
+    @open_rule(luck=LUCK, count=st.integers(1, 4), together=st.booleans())
+    def repeat(self, luck: int, count: int, together: bool) -> None:
+        """Something is heard again, however late."""
+        parents = (f.Submitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
+        history = [event for event in self.world.history if not isinstance(event, parents)]
+        if history:
+            at = luck % len(history)
+            events = history[at : at + count]
+            late = [event for event in events if getattr(event, "worker", None) not in self.world.workers]
+            for group in [late] if together and late else [[event] for event in events]:
+                if not self.world.finished:
+                    self.world.tell(*group)
+
+    @open_rule(
+        who=LUCK,
+        luck=LUCK,
+        own=st.booleans(),
+        kind=st.integers(0, 8),
+        at=st.sampled_from([0.0, nan, inf, 1e300]),
+    )
+    def lie(self, who: int, luck: int, own: bool, kind: int, at: float) -> None:
+        """Any word of anybody on any job: its own, another's, one that has ended or never was."""
+        worker = self.pick(who) if who % 5 else None
+        number = worker.id if worker is not None else GHOST - who % 2 * (GHOST - who % 7)
+        held = [*worker.inbox, *([worker.running] if worker.running else [])] if worker is not None else []
+        jobs = [job.id for job in held] if own and held else [*range(self.next_job + 2), (1 << 62) + 1 + luck % 5]
+        job = jobs[luck % len(jobs)]
+        event = [
+            f.JobDone(number, job, luck % 256, b"lie", at, at),
+            f.JobRan(number, job, at, Outcome.VALUE, b"lie", at, at),
+            f.JobStarted(number, job, at),
+            f.JobReturned(number, job),
+            f.JobExpired(number, job, "nowhere"),
+            f.HookCalled(number, job, 0, b"lie", b"lie"),
+            f.SoftLimitHit(number, job, at),
+            f.JobProgressed(number, job, at, at, b"lie"),
+            f.WorkerReady(number, 7),
+        ][kind]
+        self.world.tell(event)
+
+    @precondition(lambda self: self.world.finished)
+    @rule(luck=LUCK)
+    def speak_after_the_end(self, luck: int) -> None:
+        """Nobody is there to act."""
+        history = self.world.history
+        event = history[luck % len(history)]
+        if not isinstance(event, f.Submitted):
+            self.world.tell(event)
+
+    # -- what always holds ---------------------------------------------------------------------------------------
+
+    @invariant()
+    def promises(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        assert all(count == 1 for count in world.ends.values())
+        living = len(world._living())
+        world.cap = max(world.size, min(world.cap, living))
+        assert living <= world.cap, "more workers than asked for"
+        assert len(world._living(Lane.HOOKS)) <= 1
+        held = Counter(
+            job.id for w in world.workers.values() for job in [*w.inbox, *([w.running] if w.running else [])]
+        )
+        assert all(count == 1 for count in held.values()), "a job is in two places"
+        if not world.finished:
+            limits = [worker.guard for worker in world.workers.values() if worker.guard < inf]
+            deadline = world.ledger.next_deadline()
+            assert all(deadline <= max(limit, world.now + UNKILLABLE) for limit in limits), "nobody looks at a limit"
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def bring_to_an_end(self) -> None:
+        world = self.world
+        if not world.finished:
+            self.let_go()
+            if not world.closing and self.next_job % 2:  # nobody needs a shutdown to get what he asked for
+                world.settle()
+                self.check_the_ends()
+                assert len(world._living()) <= world.size
+            if not world.finished:
+                world.tell([f.Draining, f.Stopping][self.next_job // 2 % 2]())
+            world.settle()
+        assert world.finished, "the end does not come"
+        assert not world.ledger.jobs or world.broken
+        if not world.broken:
+            self.check_the_ends()
+            left = [worker for worker in world.workers.values() if not worker.unkillable]
+            assert not left, "somebody is still there"
+
+    def let_go(self) -> None:
+        """Nothing but the pool itself shall stand in its way."""
+        world = self.world
+        for worker in world.workers.values():
+            if worker.running is not None and not worker.running.hard and not worker.doomed:
+                worker.frozen = worker.unkillable = False
+        world.tell(f.Paused(False))
+        if not world.begun and not world.finished:
+            world.tell(f.Begun())
+        if not world.size and not world.finished:
+            world.tell(f.Resized(1))
+
+    def check_the_ends(self) -> None:
+        world = self.world
+        if world.broken:
+            return
+        tasks = [job for job in world.jobs.values() if job.lane is Lane.TASKS]
+        assert world.ends == dict.fromkeys((job.id for job in tasks), 1), "a job has no end"
+        expected = Counter(job.id for job in world.jobs.values() if job.hooks or job.lane is Lane.HOOKS)
+        expected += world.hook_calls
+        assert world.hook_ends == expected, "a callback has no end, or two"
+        flushed = [frame.job for frame in world.frames if frame.kind is Kind.FLUSHED]
+        assert flushed == world.tokens, "a flush has no answer"
+
+
+TestLedger = Machine.TestCase
+# Not shrunk: that may take minutes, and a run of fifty steps can be read.
+TestLedger.settings = settings(
+    max_examples=80, stateful_step_count=50, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
