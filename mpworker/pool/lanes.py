@@ -190,6 +190,8 @@ class LaneBook:
                 self._out.append(f.Signal(worker.id, job.id, 0))
         if not worker.jobs and not starting:  # one that starts is told when it is ready
             self.dismiss(worker, now)
+        elif worker.jobs and worker.running is None:  # it owes us what it has not started
+            worker.deadline = now + START_GRACE
 
     def dismiss(self, worker: Worker, now: float) -> None:
         """Asks a worker without jobs to leave."""

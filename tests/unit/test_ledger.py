@@ -523,6 +523,7 @@ def test_what_a_leaving_worker_neither_begins_nor_gives_back_is_begun_elsewhere(
     world.begin(0)
     world.end(0, rss=200.0)  # it has grown too big; and now it says nothing any more
     world.now = world.ledger.next_deadline()
+    assert world.now < inf
     assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
     world.exit(0)
     world.settle()
@@ -563,7 +564,7 @@ def test_a_leaving_worker_whose_line_is_broken_is_ended() -> None:
     world.begin(0)
     world.tell(f.Resized(0))
     world.tell(f.WorkerFaulty(0, "garbage"))
-    world.now = world.ledger.next_deadline()
+    world.now += GUARD_GRACE
     assert f.Kill(0, signal.SIGTERM) in world.tell(f.Ticked())
     world.exit(0)
     assert world.verdict(1)[0] is JobState.LOST

@@ -21,7 +21,7 @@ from mpworker.pool import facts as f
 from mpworker.pool import ledger as ledger_module
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.frames import Frame, Kind
-from mpworker.pool.lanes import UNKILLABLE
+from mpworker.pool.lanes import START_GRACE, UNKILLABLE
 from mpworker.pool.ledger import GUARD_GRACE, Ledger
 from mpworker.pool.parcel import Outcome, open_verdict
 
@@ -641,6 +641,8 @@ class Machine(RuleBasedStateMachine):
             limits = [worker.guard for worker in world.workers.values() if worker.guard < inf]
             deadline = world.ledger.next_deadline()
             assert all(deadline <= max(limit, world.now + UNKILLABLE) for limit in limits), "nobody looks at a limit"
+            waited_for = any(worker.inbox and worker.running is None for worker in world.workers.values())
+            assert not waited_for or deadline <= world.now + START_GRACE, "nobody asks why it does not begin"
 
     # -- the end -------------------------------------------------------------------------------------------------
 
