@@ -7,6 +7,8 @@ here looks inside the ledger.
 
 from __future__ import annotations
 
+import functools
+import random
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
@@ -51,6 +53,8 @@ class Played:
     killed_at: float = inf
     #: its own watchdog has signalled its group
     shot: bool = False
+    #: it has said so, because of the limit
+    expired: bool = False
     #: it says nothing any more, or has contradicted itself
     faulty: bool = False
     #: stopped: only SIGKILL ends it
@@ -210,7 +214,7 @@ class World:
     def _on_jobexpired(self, event: f.JobExpired) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None and worker.running is not None and worker.running.id == event.job:
-            worker.shot = True
+            worker.shot = worker.expired = True
 
     def _on_hookcalled(self, event: f.HookCalled) -> None:
         worker = self.workers.get(event.worker)
@@ -367,11 +371,26 @@ class World:
         raise AssertionError("it never comes to rest")
 
 
-def open_rule(**strategies: Any) -> Any:
-    """A rule for as long as there is a pool."""
+def open_rule(*needs: str, **strategies: Any) -> Any:
+    """A rule for as long as there is a pool; whatever it does, the others do some of their work afterwards.
+
+    Args:
+        needs: what must be true of some worker.
+    """
+
+    def sensible(self: Machine) -> bool:
+        return not self.world.finished and (not needs or self.pick(0, *needs) is not None)
 
     def decorate(function: Any) -> Any:
-        return precondition(lambda self: not self.world.finished)(rule(**strategies)(function))
+        @functools.wraps(function)
+        def and_go_on(self: Machine, after: int, **values: Any) -> None:
+            function(self, **values)
+            choose = random.Random(after)
+            for _ in range(choose.choice((0, 1, 2, 3, 5, 8, 24))):
+                if (worker := self.pick(choose.randrange(1000))) is not None:
+                    self.world.step(worker)
+
+        return precondition(sensible)(rule(after=LUCK, **strategies)(and_go_on))
 
     return decorate
 
@@ -391,7 +410,8 @@ class Machine(RuleBasedStateMachine):
         self.world = World(size, resumed=start == "resumed", **limits)
         if start == "ready":
             self.world.tell(f.Begun())
-            self.world.tell(f.WorkerReady(0, 100))
+            for worker in range(size):
+                self.world.tell(f.WorkerReady(worker, 100 + worker))
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
@@ -418,7 +438,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.world.closing)
     @open_rule(
-        count=st.integers(1, 8),
+        count=st.integers(1, 20),
         hard=st.sampled_from([0.0, 0.0, 0.5, 30.0]),
         hooks=st.sampled_from([b"", b"hooks"]),
         together=st.booleans(),
@@ -447,20 +467,24 @@ class Machine(RuleBasedStateMachine):
         grace=st.sampled_from([0.0, 0.5]),
     )
     def cancel(self, luck: int, signum: int, grace: float) -> None:
-        self.world.tell(f.Cancelled(luck % (self.next_job + 1), signum, grace))
+        going = [job for job in range(1, self.next_job) if not self.world.ends[job]]
+        jobs = going if going and luck % 4 else [*range(self.next_job + 1), (1 << 62) + 1]
+        self.world.tell(f.Cancelled(jobs[luck % len(jobs)], signum, grace))
 
-    @open_rule(size=st.integers(0, 5))
+    @open_rule(size=st.sampled_from([0, 1, 1, 2, 2, 3, 3, 4, 5]))
     def resize(self, size: int) -> None:
         self.world.tell(f.Resized(size))
 
-    @open_rule(on=st.booleans())
+    @open_rule(on=st.sampled_from([False, False, False, True]))
     def pause(self, on: bool) -> None:
         self.world.tell(f.Paused(on))
 
-    @open_rule()
-    def flush(self) -> None:
-        self.world.tell(f.FlushAsked(len(self.world.tokens) + 1))
+    @open_rule(really=st.integers(0, 5))
+    def flush(self, really: int) -> None:
+        if really == 0:
+            self.world.tell(f.FlushAsked(len(self.world.tokens) + 1))
 
+    @precondition(lambda self: not self.world.begun or self.world.stopping)
     @open_rule()
     def begin(self) -> None:
         self.world.tell(f.Begun())
@@ -475,23 +499,25 @@ class Machine(RuleBasedStateMachine):
         """Requests that have piled up."""
         job = luck % (self.next_job + 1)
         events = [
-            *([] if self.world.closing else self.new_jobs(3, hooks=b"hooks")),
+            *([] if self.world.closing else self.new_jobs(3, hooks=b"hooks", hard=2.0)),
             f.Cancelled(job, signal.SIGTERM, 0.5),
         ]
-        events += [f.FlushAsked(len(self.world.tokens) + 1), f.Paused(False)]
+        events += [f.FlushAsked(len(self.world.tokens) + 1)] if luck % 5 == 0 else [f.Paused(False)]
         if close is not None and luck % 8 == 0:
             events.append(close())
         self.world.tell(*events)
 
     # -- good processes ------------------------------------------------------------------------------------------
 
-    @open_rule(lucks=st.lists(LUCK, min_size=1, max_size=12))
-    def work(self, lucks: list[int]) -> None:
-        for luck in lucks:
-            if (worker := self.pick(luck)) is not None:
+    @open_rule(turns=st.integers(1, 5))
+    def all_work(self, turns: int) -> None:
+        for _ in range(turns):
+            for worker in list(self.world.workers.values()):
                 self.world.step(worker)
 
     @open_rule(
+        "ready",
+        "inbox",
         luck=LUCK,
         count=st.integers(2, 12),
         runtime=st.sampled_from([0.0, 1e-5, 0.5, 100.0, -1.0, inf, nan, 5e-324]),
@@ -504,7 +530,16 @@ class Machine(RuleBasedStateMachine):
         if words:
             self.world.tell(*words)
 
-    @open_rule(luck=LUCK, count=st.integers(1, 6), flag=st.sampled_from([Outcome.VALUE, Outcome.ERROR]))
+    @open_rule(
+        "ready",
+        "inbox",
+        "!running",
+        "!doomed",
+        "!frozen",
+        luck=LUCK,
+        count=st.integers(1, 6),
+        flag=st.sampled_from([Outcome.VALUE, Outcome.ERROR]),
+    )
     def run(self, luck: int, count: int, flag: Outcome) -> None:
         """As the dispatcher tells of jobs whose start and end it has heard together."""
         worker = self.pick(luck, "ready", "inbox", "!running", "!doomed", "!frozen")
@@ -512,14 +547,14 @@ class Machine(RuleBasedStateMachine):
             jobs = worker.inbox[:count]
             self.world.tell(*[f.JobRan(worker.id, job.id, self.world.now, flag, b"b", 1e-5, 0.0) for job in jobs])
 
-    @open_rule(luck=LUCK, which=LUCK)
+    @open_rule("inbox", "!faulty", luck=LUCK, which=LUCK)
     def hand_back(self, luck: int, which: int) -> None:
         if (worker := self.pick(luck, "inbox", "!faulty")) is not None:
             self.world.tell(f.JobReturned(worker.id, worker.inbox[which % len(worker.inbox)].id))
 
-    @open_rule(luck=LUCK, word=st.sampled_from(["soft", "progress", "call", "expired"]))
+    @open_rule("running", luck=LUCK, word=st.sampled_from(["soft", "progress", "call", "expired"]))
     def say_of_the_running_job(self, luck: int, word: str) -> None:
-        worker = self.pick(luck, "running", "!faulty")
+        worker = self.pick(luck, "running")
         if worker is not None and (job := worker.running) is not None:
             event = {
                 "soft": f.SoftLimitHit(worker.id, job.id, 1.0),
@@ -531,9 +566,9 @@ class Machine(RuleBasedStateMachine):
 
     # -- bad luck ------------------------------------------------------------------------------------------------
 
-    @open_rule(luck=LUCK, how=st.sampled_from(["gone", "faulty", "unready", "closed and gone"]))
-    def die(self, luck: int, how: str) -> None:
-        if (worker := self.pick(luck, "!unkillable")) is None:
+    @open_rule(luck=LUCK, busy=st.booleans(), how=st.sampled_from(["gone", "faulty", "unready", "closed and gone"]))
+    def die(self, luck: int, busy: bool, how: str) -> None:
+        if (worker := self.pick(luck, "!unkillable", *(["running"] if busy else []))) is None:
             return
         if how == "unready":
             self.world.tell(f.WorkerUnready(worker.id, "it cannot be loaded"))
@@ -553,7 +588,7 @@ class Machine(RuleBasedStateMachine):
         if (worker := self.pick(luck)) is not None and (how == "frozen" or luck % 4 == 0):
             setattr(worker, how, True)
 
-    @open_rule(luck=LUCK)
+    @open_rule("frozen", luck=LUCK)
     def thaw(self, luck: int) -> None:
         if (worker := self.pick(luck, "frozen")) is not None:
             worker.frozen = False
@@ -575,7 +610,7 @@ class Machine(RuleBasedStateMachine):
     @open_rule(luck=LUCK, count=st.integers(1, 4), together=st.booleans())
     def repeat(self, luck: int, count: int, together: bool) -> None:
         """Something is heard again, however late."""
-        parents = (f.Submitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
+        parents = (f.Begun, f.Submitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
         history = [event for event in self.world.history if not isinstance(event, parents)]
         if history:
             at = luck % len(history)
@@ -588,16 +623,22 @@ class Machine(RuleBasedStateMachine):
     @open_rule(
         who=LUCK,
         luck=LUCK,
-        own=st.booleans(),
+        whose=st.sampled_from(["own", "another's", "another's", "ended", "any"]),
         kind=st.integers(0, 8),
         at=st.sampled_from([0.0, nan, inf, 1e300]),
     )
-    def lie(self, who: int, luck: int, own: bool, kind: int, at: float) -> None:
+    def lie(self, who: int, luck: int, whose: str, kind: int, at: float) -> None:
         """Any word of anybody on any job: its own, another's, one that has ended or never was."""
-        worker = self.pick(who) if who % 5 else None
-        number = worker.id if worker is not None else GHOST - who % 2 * (GHOST - who % 7)
-        held = [*worker.inbox, *([worker.running] if worker.running else [])] if worker is not None else []
-        jobs = [job.id for job in held] if own and held else [*range(self.next_job + 2), (1 << 62) + 1 + luck % 5]
+        worker = self.pick(who) if who % 7 else None
+        number = worker.id if worker is not None else who % 11  # somebody who is gone
+        number = GHOST if who % 14 == 0 else number
+        jobs = [job for job in [*range(self.next_job + 2), (1 << 62) + 1 + luck % 5] if whose == "any"]
+        for other in self.world.workers.values():
+            if (other.id == number) == (whose == "own") and whose in ("own", "another's"):
+                jobs += [job.id for job in [*other.inbox, *filter(None, [other.running])]]
+        jobs += self.world.ends if whose == "ended" else []
+        if not jobs:
+            return
         job = jobs[luck % len(jobs)]
         event = [
             f.JobDone(number, job, luck % 256, b"lie", at, at),
@@ -641,6 +682,8 @@ class Machine(RuleBasedStateMachine):
             limits = [worker.guard for worker in world.workers.values() if worker.guard < inf]
             deadline = world.ledger.next_deadline()
             assert all(deadline <= max(limit, world.now + UNKILLABLE) for limit in limits), "nobody looks at a limit"
+            going = any(worker.kills or worker.expired for worker in world.workers.values())
+            assert not going or deadline <= world.now + UNKILLABLE, "nobody looks whether it goes"
             waited_for = any(worker.inbox and worker.running is None for worker in world.workers.values())
             assert not waited_for or deadline <= world.now + START_GRACE, "nobody asks why it does not begin"
 
