@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import sys
 import traceback
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def describe(
         label,
         slot_env or {},
     )
-    return pickle.dumps(tuple(boot))
+    return pack(tuple(boot), "what children need")
 
 
 def _preparation(import_main: bool) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def flush_streams() -> None:
 
 def load(packed: bytes) -> Boot:
     """Reads what :func:`describe` packed."""
-    return Boot(*pickle.loads(packed))
+    return Boot(*unpack(packed, "what the parent sent for its children"))
 
 
 def prepare(boot: Boot) -> None:

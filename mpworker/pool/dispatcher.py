@@ -46,6 +46,8 @@ _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
 _STARTED, _DONE, _READY, _SUBMIT, _JOB = Kind.STARTED, Kind.DONE, Kind.READY, Kind.SUBMIT, Kind.JOB
 _LANES = {int(lane): lane for lane in Lane}
+#: More workers than this are a number gone wrong.
+_MOST_WORKERS = 1 << 16
 #: Reads from one worker before the others get their turn.
 _READS_PER_TURN = 4
 
@@ -206,7 +208,14 @@ class Dispatcher:
         if data == b"":
             self._orphaned = True
             return
-        self._apply(*map(_asked, self._parent_reader.feed(data or b"")))
+        try:
+            asked = [_asked(frame) for frame in self._parent_reader.feed(data or b"")]
+        except ProtocolError as exc:  # the line cannot be read any further; the parent starts another dispatcher
+            self.log(logging.CRITICAL, f"{exc}; the dispatcher ends")
+            self._parent.close()
+            self._finished = True
+            return
+        self._apply(*asked)
 
     def _tell(self, action: f.Tell) -> None:
         frame = action.frame
@@ -306,8 +315,13 @@ class Dispatcher:
         events: list[Any] = []
         worker = crew.worker
         began, at = 0, 0.0  # the job whose start was the last word
+        fault: ProtocolError | None = None
         try:
-            for frame in reader.feed(data):
+            frames = reader.feed(data)
+        except ProtocolError as exc:
+            frames, fault = reader.sound, exc
+        try:
+            for frame in frames:
                 kind, job, flag, a, b, _, body = frame
                 if kind is _DONE and job == began:
                     events[-1] = f.JobRan(worker, job, at, flag, body, a, b)
@@ -322,6 +336,8 @@ class Dispatcher:
                 began, at = (job, a) if kind is _STARTED else (0, 0.0)
                 if kind is _READY:
                     self._show_workers()
+            if fault is not None:
+                raise fault
         finally:
             self._apply(*events)
 
@@ -368,11 +384,11 @@ class Dispatcher:
 def _asked(frame: Frame) -> Any:
     """The parent's word as the ledger hears it."""
     kind, job, flag, a, b, extra, body = frame
-    if kind is _SUBMIT:
+    if kind is _SUBMIT and flag >> 4 in _LANES:
         return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
     if kind is Kind.CANCEL:
         return f.Cancelled(job, flag, a)
-    if kind is Kind.RESIZE:
+    if kind is Kind.RESIZE and job <= _MOST_WORKERS:
         return f.Resized(job)
     if kind is Kind.FLUSH:
         return f.FlushAsked(job)
@@ -386,6 +402,8 @@ def _asked(frame: Frame) -> Any:
 def _reported(crew: Crew, frame: Frame) -> Any:
     """A worker's word as the ledger hears it; the frequent ones are read by the loop itself."""
     kind, job, flag, a, b, extra, body = frame
+    if not crew.pid:
+        raise ProtocolError(f"worker {crew.slot} sent a {kind.name} frame before it said who it is")
     if kind is Kind.RETURNED:
         return f.JobReturned(crew.worker, job)
     if kind is Kind.CALL:

@@ -279,7 +279,9 @@ class Fleet:
     def registered(self, crew: Crew, pid: int) -> bool:
         """Notes a worker's pid, told by itself, if it is really our child."""
         if crew.pid == pid:
-            return True
+            return pid != 0
+        if crew.pid or pid in self._by_pid or pid == self.template_pid or not 0 < pid < 1 << 31:
+            return False  # somebody else's number, or nobody's
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:

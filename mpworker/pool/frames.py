@@ -131,6 +131,8 @@ class FrameReader:
         self.peer = peer
         self._pieces: list[bytes] = []  # of a frame that is not complete
         self._have, self._need = 0, HEADER_SIZE
+        #: the frames that had arrived, with the same bytes, before those that are none
+        self.sound: list[Frame] = []
 
     def feed(self, data: bytes) -> list[Frame]:
         """Takes the next bytes and returns the frames they complete.
@@ -151,6 +153,8 @@ class FrameReader:
             magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
             if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
+                self.sound = frames
+                self._pieces, self._have, self._need = [data[position:]], size - position, 0  # it stays broken
                 raise ProtocolError(f"{self.peer} sent bytes that are no frame")
             middle = start + extra
             end = middle + body

@@ -14,6 +14,7 @@ import logging
 import select
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -255,16 +256,15 @@ class Handle:
             if data is None:
                 return
             try:
-                frames = self._reader.feed(data)
-            except ProtocolError as exc:
-                logger.critical("%s; it is replaced", exc)
+                for frame in self._reader.feed(data):
+                    if self._note(frame):
+                        if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
+                            yield start
+                        yield frame
+            except (ProtocolError, ValueError, OverflowError, struct.error) as exc:  # bytes or words without a sense
+                logger.critical("the dispatcher cannot be understood (%s); it is replaced", exc)
                 self._process.kill()
-                frames, data = [], b""
-            for frame in frames:
-                if self._note(frame):
-                    if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
-                        yield start
-                    yield frame
+                data = b""
             if not data:
                 yield from self._lost_dispatcher()
                 return
@@ -291,7 +291,7 @@ class Handle:
         elif kind in (Kind.SOFT, Kind.PROGRESS):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
-            self.workers = json.loads(frame.body)
+            self.workers = list(json.loads(frame.body))
             if self.workers:
                 self.ready, self._restarts = True, 0
             return False
@@ -300,6 +300,8 @@ class Handle:
             return False
         elif kind in (Kind.BYE, Kind.BROKEN):
             self.finished = True
+        elif kind is not Kind.LOG:
+            raise ProtocolError(f"the dispatcher sent a {kind.name} frame, which is not its to send")
         return True
 
     def _lost_dispatcher(self) -> Iterator[Frame]:

@@ -14,6 +14,7 @@ import time
 from math import inf
 from typing import Any, Protocol
 
+from mpworker.errors import ProtocolError
 from mpworker.pool.fleet import Fleet
 from mpworker.pool.frames import Frame, FrameReader, Kind, encode
 from mpworker.pool.wire import Wire
@@ -100,8 +101,13 @@ class Nursery:
             return
         except ConnectionError:
             data = b""
-        for frame in self._reader.feed(data):
-            self._heard(frame)
+        try:
+            for frame in self._reader.feed(data):
+                self._heard(frame)
+        except ProtocolError as exc:
+            self._owner.log(logging.ERROR, f"{exc}; it is killed")
+            self._fleet.kill_template()
+            data = b""
         if not data and self._wire is not None:
             self._on_end()
 
@@ -118,6 +124,8 @@ class Nursery:
                 )
                 self.give_up()
             self._owner.begin()
+        else:
+            raise ProtocolError(f"the template sent a {frame.kind.name} frame, which is not its to send")
 
     def _on_end(self) -> None:
         loading = self._loading_until < inf

@@ -1,7 +1,8 @@
 """Packs calls and their outcomes so that they always unpack.
 
 Owns pickling, the round-trip check for exceptions and the wording when either fails. Never touches a pipe. Only bytes
-that this node's own processes wrote are ever unpickled here; messages from a broker are not.
+that this node's own processes wrote are ever unpickled here; messages from a broker are not. A parcel ends with its
+checksum: :mod:`pickle` reserves what a length says before it looks for the bytes, so damaged ones never get that far.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
+from zlib import crc32
 
 from mpworker.errors import PayloadError, RemoteError, RemoteTraceback, TaskCancelled, TimeLimitExceeded, WorkerLost
 from mpworker.states import JobState
+
+#: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
+_SOUND = 0x2144DF1C
 
 
 class Outcome(IntEnum):
@@ -28,6 +33,22 @@ class Outcome(IntEnum):
     VERDICT = 2
 
 
+def _seal(obj: Any) -> bytes:
+    data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+    return data + crc32(data).to_bytes(4, "little")
+
+
+def open_sealed(data: bytes) -> Any:
+    """What is in a parcel; raises whatever unpickling it raises.
+
+    Raises:
+        PayloadError: its bytes have been damaged; nothing of them was unpickled.
+    """
+    if crc32(data) != _SOUND:
+        raise PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
+    return pickle.loads(data)  # which ends before the checksum
+
+
 def pack(obj: Any, what: str) -> bytes:
     """Pickles ``obj``.
 
@@ -38,7 +59,7 @@ def pack(obj: Any, what: str) -> bytes:
         PayloadError: it cannot be pickled.
     """
     try:
-        return pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+        return _seal(obj)
     except Exception as exc:
         raise PayloadError(f"{what} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
@@ -50,7 +71,7 @@ def unpack(data: bytes, what: str) -> Any:
         PayloadError: it cannot be unpickled in this process.
     """
     try:
-        return pickle.loads(data)
+        return open_sealed(data)
     except Exception as exc:
         raise PayloadError(f"{what} cannot be unpickled: {type(exc).__name__}: {exc}") from exc
 
@@ -75,7 +96,7 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
-        return pickle.dumps((fn, args, kwargs), pickle.HIGHEST_PROTOCOL)
+        return _seal((fn, args, kwargs))
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
@@ -96,7 +117,7 @@ def pack_error(exc: BaseException, text: str | None = None) -> bytes:
             inner = b""
     except BaseException:  # whatever __reduce__ or __init__ raise, sys.exit too: the text below tells the story
         inner = b""
-    return pickle.dumps((name_of(type(exc)), _text_of(exc), text, inner), pickle.HIGHEST_PROTOCOL)
+    return _seal((name_of(type(exc)), _text_of(exc), text, inner))
 
 
 def _text_of(exc: BaseException) -> str:
@@ -108,7 +129,7 @@ def _text_of(exc: BaseException) -> str:
 
 def unpack_error(body: bytes) -> BaseException:
     """The exception that :func:`pack_error` packed, with a :class:`RemoteTraceback` as its cause."""
-    type_name, message, text, inner = pickle.loads(body)
+    type_name, message, text, inner = open_sealed(body)
     exc: BaseException | None = None
     if inner:
         try:
@@ -124,7 +145,7 @@ def unpack_error(body: bytes) -> BaseException:
 def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
-        return Outcome.VALUE, pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return Outcome.VALUE, _seal(value)
     except Exception as exc:
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
@@ -137,15 +158,17 @@ def open_outcome(flag: int, body: bytes) -> tuple[bool, Any]:
     Returns:
         ``(True, value)`` or ``(False, exception)``; never raises for what a child sent.
     """
-    if flag == Outcome.VALUE:
-        try:
-            return True, pickle.loads(body)
-        except BaseException as exc:  # what a child sent must not end the thread that reads it
-            error = PayloadError(f"the result cannot be unpickled here: {type(exc).__name__}: {exc}")
-            error.__cause__ = exc
-            return False, error
-    if flag == Outcome.ERROR:
-        return False, unpack_error(body)
+    sent = "result"
+    try:
+        if flag == Outcome.VALUE:
+            return True, open_sealed(body)
+        if flag == Outcome.ERROR:
+            sent = "error"
+            return False, unpack_error(body)
+    except BaseException as exc:  # what a child sent must not end the thread that reads it
+        error = PayloadError(f"the {sent} cannot be unpickled here, as its worker sent it: {type(exc).__name__}: {exc}")
+        error.__cause__ = exc
+        return False, error
     return False, verdict_error(open_verdict(body)[1])
 
 
@@ -155,8 +178,13 @@ def pack_verdict(state: JobState, **facts: Any) -> bytes:
 
 
 def open_verdict(body: bytes) -> tuple[JobState, dict[str, Any]]:
-    facts = json.loads(body)
-    return JobState(facts["state"]), facts
+    """Reads what :func:`pack_verdict` wrote; anything else means that nobody knows what has become of the job."""
+    try:
+        facts = json.loads(body)
+        return JobState(facts["state"]), facts
+    except (ValueError, KeyError, TypeError, RecursionError):
+        facts = {"state": JobState.LOST.value, "by_pool": True, "why": "what was said of its end makes no sense"}
+        return JobState.LOST, facts
 
 
 def verdict_error(facts: Mapping[str, Any]) -> Exception:

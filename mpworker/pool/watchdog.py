@@ -95,7 +95,10 @@ class Watchdog(threading.Thread):
                 worker.interrupt()
             if current.batched and now >= current.started + self.HAND_BACK:
                 current.long = self._reading = True
-                returned = worker.hand_back()
+                try:
+                    returned = worker.hand_back()
+                except ProtocolError:  # as at the end of the line: nobody can reach us any more
+                    os.killpg(os.getpgrp(), signal.SIGKILL)
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
             self._die()

@@ -31,7 +31,7 @@ from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
-from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
+from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
 #: Seconds between two words on a job's progress, and what a word may hold.
@@ -352,7 +352,7 @@ class Worker:
 
     def _unpack_call(self, body: bytes) -> Any:
         try:
-            return pickle.loads(body)
+            return open_sealed(body)
         except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
             if exc is self._soft_raised:
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import struct
 import tracemalloc
 from zlib import crc32
@@ -128,3 +130,57 @@ def test_a_large_body_leaves_in_one_piece_with_its_header_before_it() -> None:
     box.put_frame(frame)
     assert box.flush(lambda piece: pieces.append(bytes(piece)) or len(piece))
     assert read(b"".join(pieces)) == [frame]
+
+
+@given(st.lists(FRAME, min_size=1, max_size=5), st.data())
+def test_damage_anywhere_costs_no_frame_before_it_and_is_never_forgotten(
+    frames: list[Frame], data: st.DataObject
+) -> None:
+    """A wrong bit in a header is noticed; one in a payload, which has a checksum of its own, changes only that."""
+    whole = bytearray(b"".join(encode(*frame) for frame in frames))
+    bit = data.draw(st.integers(0, len(whole) * 8 - 1))
+    whole[bit // 8] ^= 1 << bit % 8
+    ends = list(itertools.accumulate(len(encode(*frame)) for frame in frames))
+    damaged = bisect.bisect_right(ends, bit // 8)
+    cut = data.draw(st.integers(0, len(whole)))
+    reader, arrived, refused = FrameReader("a peer"), [], False
+    for piece in (whole[:cut], whole[cut:]):
+        try:
+            arrived += reader.feed(bytes(piece))
+        except ProtocolError:
+            refused = True
+            arrived += reader.sound
+            break
+    assert arrived[:damaged] == frames[:damaged]
+    if refused:
+        assert len(arrived) == damaged
+        for more in (b"", encode(Kind.BYE)):
+            with pytest.raises(ProtocolError, match=r"^a peer sent bytes that are no frame$"):
+                reader.feed(more)
+    else:
+        assert [frame[:5] for frame in arrived] == [frame[:5] for frame in frames]
+
+
+@given(
+    st.sampled_from(Kind),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    st.binary(max_size=5000),
+    st.integers(1, 700),
+)
+def test_lengths_that_lie_under_a_checksum_that_fits_reserve_nothing(
+    kind: Kind, extra: int, body: int, rest: bytes, piece: int
+) -> None:
+    stream = header(kind, 1, 0, 0.0, 0.0, extra, body) + rest
+    reader = FrameReader("a peer")
+    tracemalloc.start()
+    try:
+        for start in range(0, len(stream), piece):
+            for frame in reader.feed(stream[start : start + piece]):
+                assert len(frame.extra) + len(frame.body) <= len(rest)
+    except ProtocolError:
+        assert body > MAX_BODY or len(rest) > HEADER_SIZE
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1 << 20

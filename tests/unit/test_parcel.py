@@ -6,6 +6,8 @@ import functools
 import pickle
 import signal
 import threading
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 import support
@@ -104,11 +106,12 @@ def test_an_exception_that_cannot_travel_arrives_as_its_text(exc: Exception, nam
 
 @pytest.mark.parametrize("how", ["error", "exit"])
 def test_what_fails_on_the_way_becomes_the_tasks_error(how: str) -> None:
-    body = pickle.dumps(support.Unwilling("load", how))
+    body = parcel.pack(support.Unwilling("load", how), "it")
     succeeded, error = parcel.open_outcome(Outcome.VALUE, body)
     assert not succeeded
     assert isinstance(error, PayloadError)
-    assert "cannot be unpickled here" in str(error)
+    assert "the result cannot be unpickled here, as its worker sent it: " in str(error)
+    assert "damaged" not in str(error)
 
 
 def test_an_unpicklable_result_is_named() -> None:
@@ -127,11 +130,96 @@ def test_a_result_nested_too_deeply_is_an_error_like_any_other() -> None:
     assert isinstance(parcel.open_outcome(flag, body)[1], PayloadError)
 
 
-@pytest.mark.parametrize("body", [b"", b"x", b"\x80\x05.", pickle.dumps(1)[:-1]])
-def test_garbage_is_an_error_and_never_raises(body: bytes) -> None:
-    succeeded, error = parcel.open_outcome(Outcome.VALUE, body)
-    assert not succeeded
-    assert isinstance(error, PayloadError)
+def peak_of(function: Callable[[], object]) -> int:
+    """The most memory, in bytes, that a call has asked for."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def check_garbage(body: bytes) -> None:
+    """Every reader of a parcel says what is wrong and whose it was, at once and without believing any length in it."""
+
+    def read() -> None:
+        for flag in (Outcome.VALUE, Outcome.ERROR, Outcome.VERDICT, 77):
+            succeeded, error = parcel.open_outcome(flag, body)
+            assert not succeeded
+            if flag in (Outcome.VALUE, Outcome.ERROR):
+                assert isinstance(error, PayloadError)
+                assert "as its worker sent it" in str(error)
+            else:
+                assert isinstance(error, WorkerLost)
+                assert "makes no sense" in str(error)
+        with pytest.raises(PayloadError, match=r"^the thing of the parent cannot be unpickled: .* damaged"):
+            parcel.unpack(body, "the thing of the parent")
+        with pytest.raises(PayloadError):
+            parcel.unpack_error(body)
+
+    assert peak_of(read) < (4 << 20) + 20 * len(body)
+
+
+def length(number: int, size: int = 8) -> bytes:
+    return number.to_bytes(size, "little")
+
+
+HOSTILE = {
+    "nothing": b"",
+    "a letter": b"x",
+    "no value": b"\x80\x05.",
+    "a value without its end": pickle.dumps(1)[:-1],
+    "bytes, a TB of them": b"\x80\x05\x8e" + length(1 << 40) + b"x.",
+    "bytes, a GB of them": b"\x80\x05\x8e" + length(1 << 30) + b"x.",
+    "bytes, almost 4 GB of them": b"\x80\x05B" + length(2**32 - 1, 4) + b"x.",
+    "a bytearray": b"\x80\x05\x96" + length(1 << 31) + b"x.",
+    "text": b"\x80\x05\x8d" + length(1 << 33) + b"x.",
+    "a number": b"\x80\x05\x8b" + length(2**31 - 1, 4) + b"x.",
+    "a negative length": b"\x80\x05\x8b" + length(2**31 + 5, 4) + b"x.",
+    "a frame": b"\x80\x05\x95" + length(1 << 40) + b"x.",
+    "the place of a memo": b"\x80\x05Nr" + length(1 << 25, 4) + b".",
+    "a protocol of the future": b"\x80\x63N.",
+    "marks without end": b"\x80\x05" + b"(" * 100_000 + b".",
+    "a deep tuple": b"\x80\x05N" + b"\x85" * 300_000 + b".",
+    "a deep verdict": b"[" * 100_000,
+    "half a verdict": b'{"state": "lost"',
+    "a verdict without a state": b"{}",
+    "a state that there is not": b'{"state": "well"}',
+    "a list for a verdict": b"[1]",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
+def test_garbage_is_an_error_that_names_its_sender_and_reserves_nothing(body: bytes) -> None:
+    check_garbage(body)
+
+
+@given(VALUE, st.data())
+def test_a_parcel_that_lacks_its_end_is_never_unpickled(value: object, data: st.DataObject) -> None:
+    body = parcel.pack(value, "it")
+    check_garbage(body[: data.draw(st.integers(0, len(body) - 1))])
+
+
+@given(VALUE, st.lists(st.integers(0), min_size=1, max_size=3, unique=True))
+def test_a_parcel_with_wrong_bits_is_never_unpickled(value: object, bits: list[int]) -> None:
+    body = bytearray(parcel.pack((value, support.Frozen(3)), "it"))
+    for bit in {bit % (len(body) * 8) for bit in bits}:
+        body[bit // 8] ^= 1 << bit % 8
+    check_garbage(bytes(body))
+
+
+@given(VALUE, st.binary(min_size=1, max_size=200), st.integers(0))
+def test_a_parcel_with_something_foreign_inside_is_never_unpickled(value: object, foreign: bytes, at: int) -> None:
+    """As if a task had written to a descriptor that is not its own."""
+    body = parcel.pack(value, "it")
+    at %= len(body) + 1
+    check_garbage(body[:at] + foreign + body[at:])
+
+
+@pytest.mark.parametrize("value", [None, b"x" * 100_000, support.give])
+def test_a_parcel_is_read_as_any_pickle_by_whoever_does_not_check_it(value: object) -> None:
+    assert pickle.loads(parcel.pack(value, "it")) == value
 
 
 def test_an_unpicklable_call_names_its_function() -> None:
