@@ -255,12 +255,19 @@ class Handle:
             data = receive(line) if line is not None else None
             if data is None:
                 return
+            fault: ProtocolError | None = None
             try:
-                for frame in self._reader.feed(data):
+                frames = self._reader.feed(data)
+            except ProtocolError as exc:  # what came before counts
+                frames, fault = self._reader.sound, exc
+            try:
+                for frame in frames:
                     if self._note(frame):
                         if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
                             yield start
                         yield frame
+                if fault is not None:
+                    raise fault
             except (ProtocolError, ValueError, OverflowError, struct.error) as exc:  # bytes or words without a sense
                 logger.critical("the dispatcher cannot be understood (%s); it is replaced", exc)
                 self._process.kill()

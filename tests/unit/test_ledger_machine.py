@@ -386,6 +386,10 @@ def open_rule(*needs: str, **strategies: Any) -> Any:
         def and_go_on(self: Machine, after: int, **values: Any) -> None:
             function(self, **values)
             choose = random.Random(after)
+            if not self.world.closing:  # there is always something to do
+                more = {"hard": choose.choice((0.0, 0.0, 0.5, 30.0)), "hooks": choose.choice((b"", b"hooks"))}
+                if events := self.new_jobs(choose.choice((0, 0, 1, 2, 5)), **more):
+                    self.world.tell(*events)
             for _ in range(choose.choice((0, 1, 2, 3, 5, 8, 24))):
                 if (worker := self.pick(choose.randrange(1000))) is not None:
                     self.world.step(worker)
@@ -438,7 +442,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.world.closing)
     @open_rule(
-        count=st.integers(1, 20),
+        count=st.integers(1, 8),
         hard=st.sampled_from([0.0, 0.0, 0.5, 30.0]),
         hooks=st.sampled_from([b"", b"hooks"]),
         together=st.booleans(),

@@ -1,0 +1,289 @@
+"""Whoever reads frames is sent garbage: broken bytes, and whole frames that make no sense. It says who sent it, goes on
+without that one, and harms nobody else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from math import inf, nan
+from typing import Any
+
+import pytest
+import support
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpworker.pool import dispatcher as dispatchers
+from mpworker.pool import facts as f
+from mpworker.pool import fleet as fleets
+from mpworker.pool.facts import Lane
+from mpworker.pool.fleet import Crew, Exit
+from mpworker.pool.frames import Frame, FrameReader, Kind, encode, header
+from mpworker.pool.futures import Results, TaskFuture
+from mpworker.pool.handle import Handle, PoolOptions
+from mpworker.pool.parcel import Outcome, open_verdict, pack, pack_call
+from mpworker.states import JobState
+
+NUMBER = st.sampled_from([0.0, 1.0, nan, inf, -inf, -1.0, 5e-324, 1e300]) | st.floats()
+JOB = st.integers(0, 5) | st.sampled_from([1 << 31, 1 << 62, (1 << 62) + 1, (1 << 64) - 1]) | st.integers(0, 2**64 - 1)
+BODY = st.sampled_from([b"", b"{}", b"[]", b"[1]", b'{"state": "lost"}', b"\xff", pack(1, "it")]) | st.binary(
+    max_size=40
+)
+FRAME = st.builds(encode, st.sampled_from(Kind), JOB, st.integers(0, 255), NUMBER, NUMBER, BODY, BODY)
+LIE = st.builds(
+    header, st.sampled_from(Kind), JOB, st.integers(0, 255), NUMBER, NUMBER, JOB.map(lambda n: n % 2**32), JOB
+)
+GARBAGE = st.lists(FRAME | FRAME | LIE | st.binary(min_size=1, max_size=80), min_size=1, max_size=6).map(b"".join)
+FIRST_PID = 1 << 30  # of processes that there are not
+
+
+class Fleet(fleets.Fleet):
+    """Starts nobody: the test holds the other ends of the lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theirs: dict[int, socket.socket] = {}
+        self.kills: list[tuple[int, int]] = []
+
+    def spawn(self, worker: int, slot: int, lane: Lane, boot: bytes) -> Crew:
+        data, self.theirs[worker] = socket.socketpair()
+        data.setblocking(False)
+        crew = self.crews[worker] = Crew(worker, slot, lane, data, socket.socketpair()[0], FIRST_PID + worker)
+        self._by_pid[crew.pid] = crew
+        return crew
+
+    def kill(self, worker: int, signum: int) -> None:
+        self.kills.append((worker, signum))
+
+
+class Stage:
+    """A dispatcher without processes, its loop turned by hand."""
+
+    def __init__(self) -> None:
+        line, self.parent = socket.socketpair()
+        self.parent.setblocking(False)
+        self.line, self.fleet, self.heard = line, Fleet(), FrameReader("the dispatcher")
+        boot = Frame(Kind.BOOT, extra=PoolOptions(size=2, start_method="spawn").to_json())
+        self.it = dispatchers.Dispatcher(line, boot, self.fleet, True)
+        self.it.begin()
+        for worker in (0, 1):
+            self.say(worker, encode(Kind.READY))
+        for job in (1, 2):
+            body = pack_call(support.give, (job,), {})
+            self.ask(encode(Kind.SUBMIT, job, body=body))
+        self.has = {}
+        for worker in (0, 1):
+            (frame,) = FrameReader("the dispatcher").feed(self.fleet.theirs[worker].recv(1 << 16))
+            assert frame.kind is Kind.JOB
+            self.has[worker] = frame.job
+            self.say(worker, encode(Kind.STARTED, frame.job, a=1.0))
+
+    def turn(self) -> list[Frame]:
+        """One turn of the loop; what the parent gets of it."""
+        for key, mask in self.it._selector.select(0):
+            key.data.handle(mask)
+        self.it._flush()
+        try:
+            return self.heard.feed(self.parent.recv(1 << 20))
+        except BlockingIOError:
+            return []
+
+    def say(self, worker: int, data: bytes) -> list[Frame]:
+        self.fleet.theirs[worker].sendall(data)
+        return self.turn()
+
+    def ask(self, data: bytes) -> list[Frame]:
+        self.parent.sendall(data)
+        return self.turn()
+
+    def close(self) -> None:
+        self.it._selector.close()
+        for crew in self.fleet.crews.values():
+            crew.data.close()
+            crew.control.close()
+        for sock in (self.line, self.parent, *self.fleet.theirs.values()):
+            sock.close()
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.close()
+
+
+@given(GARBAGE, st.lists(st.integers(1, 150), max_size=5))
+def test_a_worker_that_says_anything_harms_only_its_own_task(garbage: bytes, cuts: list[int]) -> None:
+    stage = Stage()
+    try:
+        told: list[Frame] = []
+        for cut in [*cuts, len(garbage)]:
+            told += stage.say(0, garbage[:cut])
+            garbage = garbage[cut:]
+        assert not stage.it._finished
+        assert all(signum == 0 or worker == 0 for worker, signum in stage.fleet.kills)
+        told += stage.say(1, encode(Kind.DONE, stage.has[1], Outcome.VALUE, 0.5, body=pack(7, "it")))
+        ends = [frame for frame in told if frame.kind in (Kind.DONE, Kind.ENDED) and frame.job == stage.has[1]]
+        assert [frame.kind for frame in ends] == [Kind.DONE]
+        assert ends[0].body == pack(7, "it")
+        assert sum(frame.job == stage.has[0] for frame in told if frame.kind in (Kind.DONE, Kind.ENDED)) < 2
+    finally:
+        stage.close()
+
+
+@pytest.mark.parametrize(
+    ("garbage", "why"),
+    [
+        (b"\0" * 60, "worker 0 sent bytes that are no frame"),
+        (encode(Kind.SUBMIT, 9), "worker 0 sent a SUBMIT frame, which is not its to send"),
+        (encode(Kind.HELLO, FIRST_PID + 1), "worker 0 is not a child of the dispatcher"),
+        (encode(Kind.HELLO, 0), "worker 0 is not a child of the dispatcher"),
+        (encode(Kind.HELLO, (1 << 64) - 1), "worker 0 is not a child of the dispatcher"),
+        (header(Kind.DONE, 1, 0, 0.0, 0.0, 0, 1 << 50), "worker 0 sent bytes that are no frame"),
+    ],
+    ids=["noise", "kind", "another's number", "nobody's number", "no number", "length"],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_a_worker_that_sends_garbage_is_killed_and_what_it_said_before_counts(
+    stage: Stage, garbage: bytes, why: str, done: bool
+) -> None:
+    end = encode(Kind.DONE, stage.has[0], Outcome.VALUE, 0.5, body=pack(7, "it")) if done else b""
+    told = stage.say(0, end + garbage)
+    later = stage.it._ledger.next_deadline()
+    for action in stage.it._ledger.apply(f.Ticked(), later):
+        stage.it._actions[type(action)](action)
+    assert stage.fleet.kills == [(0, signal.SIGTERM)]
+    stage.it._gone(Exit(0, None, signal.SIGTERM, None))
+    told += stage.turn()
+    (last,) = [frame for frame in told if frame.job == stage.has[0] and frame.kind in (Kind.DONE, Kind.ENDED)]
+    if done:
+        assert last.body == pack(7, "it")
+    else:
+        state, facts = open_verdict(last.body)
+        assert (state, facts["why"]) == (JobState.LOST, why)
+
+
+@given(GARBAGE)
+def test_a_dispatcher_takes_anything_from_its_parent_or_ends_with_a_word(garbage: bytes) -> None:
+    stage = Stage()
+    try:
+        told = stage.ask(garbage)
+        if stage.it._finished and not stage.it._ledger.finished:
+            stage.it._say_goodbye()
+            told += stage.heard.feed(stage.parent.recv(1 << 16))
+            assert any(frame.kind is Kind.LOG and b"the parent sent" in frame.body for frame in told)
+    finally:
+        stage.close()
+
+
+class Process:
+    """A dispatcher's process that is none."""
+
+    pid = FIRST_PID
+
+    def __init__(self) -> None:
+        self.killed = False
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, timeout: float | None = None) -> int:
+        return -signal.SIGKILL
+
+    def poll(self) -> int | None:
+        return -signal.SIGKILL if self.killed else None
+
+
+class Listener:
+    """A parent whose dispatchers are played by the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.processes: list[Process] = []
+        self.lines: list[socket.socket] = []
+        monkeypatch.setattr(fleets, "launch", self.launch)
+        self.handle = Handle(PoolOptions(size=1), b"")
+        self.handle.start()
+        self.results = Results(self.handle, None)
+        self.futures = []
+        for job in (1, 2):
+            assert self.handle.next_id() == job
+            future: TaskFuture[Any] = TaskFuture(self.results, job)
+            self.results.futures[job] = future
+            self.futures.append(future)
+            self.handle.submit(job, b"", hooks=b"hooks" if job == 2 else b"")
+
+    def launch(self) -> tuple[Process, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.lines.append(theirs)
+        self.processes.append(Process())
+        return self.processes[-1], ours
+
+    def hear(self, data: bytes, starts: bool) -> list[Frame]:
+        self.lines[-1].sendall(data)
+        told = []
+        for frame in self.handle.drain(starts):
+            told.append(frame)
+            self.results._on_event(frame)
+        return told
+
+    def close(self) -> None:
+        for line in self.lines:
+            line.close()
+        if self.handle._line is not None:
+            self.handle._line.close()
+        for end in (self.results._wake_reader, self.results._wake_writer):
+            os.close(end)
+
+
+@given(garbage=GARBAGE, starts=st.booleans())
+def test_a_parent_takes_anything_from_its_dispatcher_and_settles_every_job_once(garbage: bytes, starts: bool) -> None:
+    logging.disable(logging.CRITICAL)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        listener = Listener(monkeypatch)
+        try:
+            told = listener.hear(garbage, starts)
+            for _ in range(2):  # the garbage may be seen as such only with what follows
+                if not listener.handle.finished:
+                    done = [encode(Kind.DONE, job, body=pack(job, "it")) for job in (1, 2)]
+                    told += listener.hear(b"".join(done), starts)
+            ends = [frame.job for frame in told if frame.kind in (Kind.DONE, Kind.ENDED)]
+            assert len(ends) == len(set(ends))
+            if listener.processes[0].killed and not listener.handle.finished and len(listener.lines) == 2:
+                assert listener.handle.generation == 1
+                assert sorted(ends) == [1, 2]
+                assert all(future.done() for future in listener.futures)
+        finally:
+            logging.disable(logging.NOTSET)
+            listener.close()
+
+
+@pytest.mark.parametrize(
+    ("garbage", "word"),
+    [
+        (b"\0" * 60, "the dispatcher sent bytes that are no frame"),
+        (encode(Kind.SUBMIT, 9), "the dispatcher sent a SUBMIT frame, which is not its to send"),
+        (encode(Kind.WORKERS, body=b"["), "the dispatcher cannot be understood"),
+        (encode(Kind.STARTED, 2, b=nan), "the dispatcher cannot be understood"),
+        (header(Kind.DONE, 1, 0, 0.0, 0.0, 0, 1 << 60), "the dispatcher sent bytes that are no frame"),
+    ],
+    ids=["noise", "kind", "body", "number", "length"],
+)
+def test_a_dispatcher_that_makes_no_sense_is_named_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, garbage: bytes, word: str
+) -> None:
+    listener = Listener(monkeypatch)
+    try:
+        told = listener.hear(encode(Kind.DONE, 1, body=pack(7, "it")) + garbage, False)
+        assert word in caplog.text
+        assert listener.processes[0].killed
+        assert listener.handle.generation == 1
+        assert listener.futures[0].result(0) == 7, "what came before counts"
+        assert [frame.kind for frame in told] == [Kind.DONE]
+        listener.hear(encode(Kind.DONE, 2, body=pack(8, "it")), False)
+        assert listener.futures[1].result(0) == 8
+    finally:
+        listener.close()
