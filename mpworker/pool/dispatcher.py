@@ -314,7 +314,7 @@ class Dispatcher:
         """
         events: list[Any] = []
         worker = crew.worker
-        began, at = 0, 0.0  # the job whose start was the last word
+        began, at = -1, 0.0  # the job whose start was the last word
         fault: ProtocolError | None = None
         try:
             frames = reader.feed(data)
@@ -333,7 +333,7 @@ class Dispatcher:
                     events.append(_reported(crew, frame))
                 elif not self._fleet.registered(crew, job):
                     raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
-                began, at = (job, a) if kind is _STARTED else (0, 0.0)
+                began, at = (job, a) if kind is _STARTED else (-1, 0.0)
                 if kind is _READY:
                     self._show_workers()
             if fault is not None:
