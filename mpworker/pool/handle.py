@@ -262,8 +262,9 @@ class Handle:
                 frames, fault = self._reader.sound, exc
             try:
                 for frame in frames:
+                    start = unpack_start(frame) if starts and frame.kind is Kind.DONE else None
                     if self._note(frame):
-                        if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
+                        if start is not None:
                             yield start
                         yield frame
                 if fault is not None:
