@@ -3,6 +3,7 @@
 MPWorkerError
 ├── ConfigurationError          a setting is wrong; the message names it and says what to do
 ├── BootError                   a child process could not get ready (also a ``BrokenExecutor``)
+├── PoolFull                    ``max_pending`` is reached, and the pool shall not wait (also a ``queue.Full``)
 ├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError``)
 ├── RemoteError                 an error from a child that cannot be rebuilt here; tells its type and text
 ├── UnheardError                a classic model failed that has no ``error_callback``
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import signal as _signal
 from concurrent.futures import BrokenExecutor, CancelledError
+from queue import Full
 
 
 class MPWorkerError(Exception):
@@ -32,6 +34,10 @@ class ConfigurationError(MPWorkerError, ValueError):
 
 class BootError(MPWorkerError, BrokenExecutor):
     """A child process could not get ready: its preload or its initializer failed, or it took too long."""
+
+
+class PoolFull(MPWorkerError, Full):
+    """So many tasks are unfinished as ``max_pending`` allows, and the pool shall not wait. Nothing was sent."""
 
 
 class PayloadError(MPWorkerError, TypeError):

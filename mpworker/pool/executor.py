@@ -18,7 +18,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpworker.errors import ConfigurationError
+from mpworker.errors import ConfigurationError, PoolFull
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
 from mpworker.pool.coroutines import settle
@@ -57,7 +57,9 @@ class ProcessPool(Executor):
         max_tasks_per_worker: tasks after which a worker is replaced.
         max_memory_per_worker: peak memory in bytes after which a worker is replaced, between tasks.
         timeout, soft_timeout: limits in seconds for tasks that bring none of their own.
-        max_pending: unfinished tasks at which :meth:`submit` and :meth:`schedule` wait for one to finish.
+        max_pending: unfinished tasks at which nothing more is taken; it bounds what the pool's memory holds.
+        on_full: what :meth:`submit`, :meth:`schedule`, :meth:`run` and :meth:`map` do then: ``block`` until one is
+            finished, or ``raise`` :class:`~mpworker.errors.PoolFull`, which is a ``queue.Full``.
         callback_timeout: seconds that one callback may run.
         ready_timeout: seconds that a worker may take to import and to initialize.
 
@@ -78,6 +80,7 @@ class ProcessPool(Executor):
         timeout: float | None = None,
         soft_timeout: float | None = None,
         max_pending: int | None = None,
+        on_full: str = "block",
         callback_timeout: float = 60.0,
         ready_timeout: float = 120.0,
     ) -> None:
@@ -97,6 +100,11 @@ class ProcessPool(Executor):
         self._slot_env = variables_of_slots(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
+        if on_full not in ("block", "raise"):
+            raise ConfigurationError(f"on_full must be block or raise, not {on_full!r}")
+        self._blocks = on_full == "block"
+        if not self._blocks and not self._max_pending:
+            raise ConfigurationError("on_full='raise' needs max_pending: without it the pool is never full")
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._core: Results | None = None
@@ -135,6 +143,7 @@ class ProcessPool(Executor):
         Raises:
             PayloadError: the call cannot be pickled.
             ConfigurationError: a limit is not a positive number of seconds.
+            PoolFull: ``max_pending`` is reached, and the pool was made with ``on_full="raise"``.
             BootError: the workers cannot start (it is a ``BrokenExecutor``).
             RuntimeError: after :meth:`shutdown`.
         """
@@ -171,7 +180,7 @@ class ProcessPool(Executor):
             callback=callback,
             error_callback=error_callback,
         )
-        future = await self._patiently(call) if self._max_pending else call()
+        future = await self._patiently(call) if self._max_pending and self._blocks else call()
         loop = asyncio.get_running_loop()
         # Not wrap_future: some exceptions, such as StopIteration, cannot be set on a future of asyncio.
         done = asyncio.Event()
@@ -202,7 +211,9 @@ class ProcessPool(Executor):
         core = self._started()
         if core.slots is not None:
             in_callback = threading.current_thread() is core.thread
-            if not core.slots.acquire(blocking=not in_callback):
+            if not core.slots.acquire(blocking=self._blocks and not in_callback):
+                if not self._blocks:
+                    raise PoolFull(f"{self._max_pending} tasks are unfinished, which is all that max_pending allows")
                 raise RuntimeError(
                     "max_pending is reached, and a callback of a future cannot wait for a task to finish"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import queue
 import signal
 from concurrent.futures import BrokenExecutor, CancelledError
 
@@ -16,6 +17,7 @@ from mpworker.errors import WorkerLost as Lost
 EXAMPLES = [
     errors.ConfigurationError("x must be y"),
     errors.BootError("why"),
+    errors.PoolFull("why"),
     errors.PayloadError("why"),
     RemoteError("a.B", "text"),
     errors.UnheardError("why"),
@@ -51,6 +53,7 @@ def test_every_error_survives_pickling_and_copying(error: Exception) -> None:
     [
         (errors.ConfigurationError, ValueError),
         (errors.BootError, BrokenExecutor),
+        (errors.PoolFull, queue.Full),
         (errors.PayloadError, TypeError),
         (TimeLimitExceeded, TimeoutError),
         (errors.TaskCancelled, CancelledError),
