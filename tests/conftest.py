@@ -20,6 +20,7 @@ import mpworker
 _TO_LEAVE = 5.0
 #: Seconds after which a test counts as hung; long before faulthandler_timeout in pyproject.toml ends the whole run.
 _HUNG = 60.0
+_HUNG_LONG = 3600.0
 _left: dict[int, support.Process] = {}
 _hung: list[str] = []
 _stderr = os.dup(2)  # the real one, before pytest captures it
@@ -110,7 +111,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         for pid in found:
             support.kill_ours(pid)
 
-    timer = threading.Timer(_HUNG, tell)
+    timer = threading.Timer(_HUNG if item.get_closest_marker("long") is None else _HUNG_LONG, tell)
     timer.daemon = True
     timer.start()
     try:
