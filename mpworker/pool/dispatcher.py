@@ -20,6 +20,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from mpworker.errors import ProtocolError
@@ -38,6 +39,10 @@ from mpworker.pool.wire import Listener, Wire
 PARENT_HIGH_WATER = 64 << 20
 #: Seconds between checks that the parent still lives, where the kernel cannot tell us.
 _PARENT_CHECK = 0.5
+#: Seconds by which a deadline is missed only if this process did not run …
+_STOPPED = 1.0
+#: … and for how long it then listens before it acts.
+_LISTEN = 0.25
 #: Seconds that the loop rests while workers hold batches of tiny jobs. What they report meanwhile is heard in one go:
 #: waking up costs more than a tiny job.
 _REST = 0.0005
@@ -90,6 +95,7 @@ class Dispatcher:
         self._touched: set[int] = set()
         self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
         self._batching = False
+        self._listen_until = inf
         self._child_exited = False
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
@@ -116,7 +122,7 @@ class Dispatcher:
                 self._child_exited = False
                 self._reap()
             now = time.monotonic()
-            if now >= self._ledger.next_deadline():
+            if self._due(now):
                 self._apply(f.Ticked())
             self._nursery.tick(now)
             self._flush()
@@ -130,8 +136,19 @@ class Dispatcher:
         for end in self._signal_line:
             end.close()
 
+    def _due(self, now: float) -> bool:
+        """Whether it is time to act on deadlines. If it has long been, then this process was stopped, and perhaps all
+        of them were (``docker pause``): first the others get a moment to say what they have done."""
+        deadline = self._ledger.next_deadline()
+        if now < deadline + _STOPPED:
+            self._listen_until = inf
+            return now >= deadline
+        self._listen_until = min(self._listen_until, now + _LISTEN)
+        return now >= self._listen_until
+
     def _patience(self) -> float:
-        deadline = min(self._ledger.next_deadline(), self._nursery.deadline)
+        deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
+        deadline = min(deadline, self._nursery.deadline)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         if self._parent_watched:
             return patience

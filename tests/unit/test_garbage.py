@@ -287,3 +287,23 @@ def test_a_dispatcher_that_makes_no_sense_is_named_and_replaced(
         assert listener.futures[1].result(0) == 8
     finally:
         listener.close()
+
+
+def test_a_dispatcher_that_was_stopped_hears_the_others_before_it_judges_them(stage: Stage) -> None:
+    """All of them may have been stopped: a task that could not begin in time is no reason to kill whoever has it."""
+    stage.say(0, encode(Kind.DONE, stage.has[0], body=pack(1, "it")))
+    stage.ask(encode(Kind.SUBMIT, 9))
+    now = stage.it._ledger.next_deadline()  # worker 0 should have begun job 9
+    assert now < inf
+    assert not stage.it._due(now - 0.1)
+    assert stage.it._due(now)
+    now += 1000.0
+    assert not stage.it._due(now)
+    assert not stage.it._due(now + 0.1)
+    stage.say(0, encode(Kind.STARTED, 9, a=1.0))
+    assert not stage.it._due(now + 0.2)
+    stage.say(0, encode(Kind.DONE, 9, body=pack(1, "it")))
+    stage.ask(encode(Kind.SUBMIT, 10))
+    now = stage.it._ledger.next_deadline() + 1000.0
+    assert not stage.it._due(now)
+    assert stage.it._due(now + 0.3), "whoever says nothing is judged all the same"
