@@ -83,7 +83,8 @@ def kill(process, told):
 def tell(**word):
     print(json.dumps(word), flush=True)
 
-def main(seed, kills, method):
+def main(seed, kills, method, weights="12,3,2,2"):
+    weights = [int(weight) for weight in weights.split(",")]
     choose, killed, lost = random.Random(int(seed)), Counter(), 0
     ends = bytearray(b"\\xff" * 4_000_000)  # how often each job has ended, and one less; all of it touched beforehand
     hooks_log = Path("hooks")
@@ -109,7 +110,7 @@ def main(seed, kills, method):
                 unfinished.append(future)
             time.sleep(choose.random() * 0.03)  # when, not whether: the moment is to be any
             found = ours(os.getpid())
-            roles = choose.choices(ROLES, (12, 3, 2, 2), k=choose.choice((1, 1, 1, 2, 3, 5)))
+            roles = choose.choices(ROLES, weights, k=choose.choice((1, 1, 1, 2, 3, 5)))
             victims = {}
             for role in roles:
                 if found[role]:
@@ -154,11 +155,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["auto"])
-def test_a_thousand_kills_below_one_parent(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("share", "weights"), [(1, "12,3,2,2"), (3, "12,3,2,0")], ids=["of everybody", "the dispatcher stays"]
+)
+def test_a_thousand_kills_below_one_parent(share: int, weights: str, tmp_path: Path) -> None:
+    """And a third of that for one dispatcher, whose own figures are to stay as they are."""
     mark = support.new_mark()
-    print(f"\nseed {SEED}, {KILLS} kills")
-    script = support.start_script(PARENT, tmp_path, str(SEED), str(KILLS), method, **{support.MARK: mark})
+    kills = str(KILLS // share)
+    print(f"\nseed {SEED}, {kills} kills")
+    script = support.start_script(PARENT, tmp_path, str(SEED), kills, "auto", weights, **{support.MARK: mark})
     said = []
     assert script.stdout is not None
     for line in script.stdout:
@@ -166,6 +171,7 @@ def test_a_thousand_kills_below_one_parent(method: str, tmp_path: Path) -> None:
         print(line, end="", flush=True)
     _, err = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, err[-4000:]
+    assert share == 1 or len({word["pid"] for word in said[:-1]}) == 1, "the dispatcher was replaced"
     figures = said[2:-1]  # the first two are of a pool that is still warming up
     for who in ("parent", "dispatcher") if len(figures) > 3 else ():
         sizes, descriptors = zip(*(word[who] for word in figures), strict=True)
