@@ -44,6 +44,9 @@ class Kind(IntEnum):
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     STOP = 7  # end now
+    BUNDLE = (
+        8  # job: the first of several, a: soft limit, b: hard limit, extra: lengths, body: calls; goes to a worker, too
+    )
     # dispatcher → worker
     JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
@@ -62,6 +65,7 @@ class Kind(IntEnum):
         34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome; extra: its start, if untold
     )
     RETURNED = 35  # job: one that was not started
+    RESULTS = 37  # of several jobs: see mpworker.pool.page
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along

@@ -24,13 +24,14 @@ from mpworker.pool.callbacks import log_hook_failure
 from mpworker.pool.facts import Progress
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle
+from mpworker.pool.page import results
 from mpworker.pool.parcel import open_outcome
 
 logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
 COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
 #: Submissions that may wait for company while others are unfinished.
-_COMPANY = 32
+_COMPANY = 64
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 #: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
 _gate = threading.RLock()
@@ -133,6 +134,7 @@ class Results:
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
+        self._few = 2 * handle.options.size
         self._calling = False  # it may be in a callback, which may take long
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -147,7 +149,7 @@ class Results:
 
     def send(self) -> None:
         """Sends what has been submitted: at once while little is unfinished, else together with what follows."""
-        if self._calling or self.handle.pending <= _COMPANY or self.handle.waiting >= _COMPANY:
+        if self._calling or self.handle.pending <= self._few or self.handle.waiting >= _COMPANY:
             self.handle.flush()
         self.wake()
 
@@ -201,6 +203,8 @@ class Results:
             self.running.add(frame.job)
             if (future := self.futures.get(frame.job)) is not None:
                 future.begin()
+        elif kind is Kind.RESULTS:
+            self._on_results(frame)
         elif kind is Kind.DONE or kind is Kind.ENDED:
             self._on_end(frame)
         elif kind is Kind.PROGRESS:
@@ -225,10 +229,34 @@ class Results:
             self.slots.release()
         future = self.futures.pop(frame.job, None)
         if future is not None and not future.settle_unwatched(succeeded, value):
-            self._calling = True
-            self.handle.flush()
-            future.settle(succeeded, value)
-            self._calling = False
+            self._settle(future, succeeded, value)
+
+    def _on_results(self, frame: Frame) -> None:
+        ended: list[tuple[TaskFuture[Any] | None, bool, Any]] = []
+        for job, flag, _, _, body in results(frame):
+            if self.handle.took(job):
+                self.running.discard(job)
+                ended.append((self.futures.pop(job, None), *open_outcome(flag, body)))
+        done = sum(succeeded for _, succeeded, _ in ended)
+        self.counts["done"] += done
+        self.counts["failed"] += len(ended) - done
+        if self.slots is not None and ended:
+            self.slots.release(len(ended))
+        watched = []
+        with _gate:
+            for entry in ended:
+                future, succeeded, value = entry
+                if future is not None and not future.settle_unwatched(succeeded, value):
+                    watched.append(entry)
+        for future, succeeded, value in watched:
+            assert future is not None
+            self._settle(future, succeeded, value)
+
+    def _settle(self, future: TaskFuture[Any], succeeded: bool, value: Any) -> None:
+        self._calling = True  # callbacks of the future run here
+        self.handle.flush()
+        future.settle(succeeded, value)
+        self._calling = False
 
     def _on_hook_ended(self, frame: Frame) -> None:
         if self.slots is not None and frame.job in self.names:

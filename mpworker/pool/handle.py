@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,20 @@ from typing import Any
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet
-from mpworker.pool.facts import Lane
-from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, header, receive, unpack_start
+from mpworker.pool.facts import Lane, pack_span
+from mpworker.pool.frames import (
+    LONGEST_WAIT,
+    Frame,
+    FrameReader,
+    Kind,
+    Outbox,
+    encode,
+    header,
+    pack_start,
+    receive,
+    unpack_start,
+)
+from mpworker.pool.page import results, who_ran
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -44,6 +57,11 @@ _KILL_TIMEOUT = 4.0
 #: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
 _READS_PER_DRAIN = 8
 _JOIN_BELOW = 1 << 16
+#: Jobs that travel in one bundle, and the bytes of a call that may.
+_BUNDLE = 256
+_SMALL = 2048
+#: A small job without callbacks: its call, soft and hard limit.
+_Plain = tuple[bytes, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +107,8 @@ class Handle:
         self.ready = False
         self._boot = boot
         self._ids = itertools.count(1)
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _Sent | _Plain] = {}
+        self._loose: deque[tuple[int, bytes, float, float]] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
         self._outbox = Outbox()
@@ -112,6 +131,7 @@ class Handle:
         self._process, self._line = fleet.launch_forked() if forked else fleet.launch()
         self._reader = FrameReader("the dispatcher")
         self._outbox = Outbox()
+        self._loose.clear()
         self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(), body=self._boot))
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
@@ -177,11 +197,17 @@ class Handle:
             body: from :func:`mpworker.pool.parcel.pack_call`.
             soft, hard: limits in seconds, 0 for none.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
-            held: the caller will call :meth:`flush`.
+            held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
+        if held and not hooks and len(body) < _SMALL:
+            with self._mutex:
+                self._sent[job] = body, soft, hard
+                self._loose.append((job, body, soft, hard))
+            return
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
         with self._mutex:
             self._sent[job] = _Sent(pieces, hooks)
+            self._gather()
             self._outbox.put(*pieces)
         if not held:
             self.flush()
@@ -209,21 +235,43 @@ class Handle:
         self._send(encode(Kind.RESIZE, size))
 
     def _send(self, *pieces: bytes) -> None:
+        self._gather()
         self._outbox.put(*pieces)
         self.flush()
+
+    def _gather(self) -> None:
+        """Puts what is loose into the outbox. A signal handler may submit, and do the same, in the middle of it."""
+        loose = self._loose
+        while loose:
+            with self._mutex, contextlib.suppress(IndexError):
+                job, body, soft, hard = loose.popleft()
+                calls = [body]
+                try:
+                    while (
+                        len(calls) < _BUNDLE
+                        and (after := loose[0])[0] == job + len(calls)
+                        and after[2:] == (soft, hard)
+                    ):
+                        calls.append(loose.popleft()[1])
+                finally:
+                    if len(calls) > 1:
+                        self._outbox.put(pack_span(job, soft, hard, calls))
+                    else:
+                        self._outbox.put(*_submission(job, Lane.TASKS, 0, soft, hard, b"", body))
 
     @property
     def waiting(self) -> int:
         """Pieces that have not been sent."""
-        return len(self._outbox)
+        return len(self._outbox) + len(self._loose)
 
     @property
     def wants_write(self) -> bool:
         """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
-        return bool(self._outbox)
+        return bool(self._outbox or self._loose)
 
     def flush(self) -> bool:
         """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit."""
+        self._gather()
         while self._outbox:
             if not self._flushing.acquire(blocking=False):
                 return False  # whoever is at it will see what we appended
@@ -261,7 +309,11 @@ class Handle:
                 self._process.kill()
                 frames, data = [], b""
             for frame in frames:
-                if self._note(frame):
+                if frame.kind is Kind.RESULTS and not starts:
+                    yield frame
+                elif frame.kind is Kind.RESULTS:
+                    yield from self._one_by_one(frame)
+                elif self._note(frame):
                     if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
                         yield start
                     yield frame
@@ -269,16 +321,33 @@ class Handle:
                 yield from self._lost_dispatcher()
                 return
 
+    def took(self, job: int) -> bool:
+        """A job of a RESULTS frame is being settled.
+
+        Returns:
+            ``False`` if it has had its end.
+        """
+        return self._sent.pop(job, None) is not None
+
+    def _one_by_one(self, frame: Frame) -> Iterator[Frame]:
+        pid, max_rss = who_ran(frame)
+        for job, flag, started, runtime, body in results(frame):
+            done = Frame(Kind.DONE, job, flag, runtime, max_rss, pack_start(started, pid), body)
+            if self._note(done):
+                yield unpack_start(done) or done
+                yield done
+
     def _note(self, frame: Frame) -> bool:
         kind = frame.kind
         if kind is Kind.STARTED:
             sent = self._sent.get(frame.job)
             if sent is None:
                 return False
-            sent.pieces, sent.pid = None, int(frame.b)
+            hooks = sent.hooks if type(sent) is _Sent else b""
+            self._sent[frame.job] = _Sent(None, hooks, int(frame.b))
         elif kind in (Kind.DONE, Kind.ENDED):
             sent = self._sent.pop(frame.job, None)
-            if sent is not None and sent.hooks:
+            if type(sent) is _Sent and sent.hooks:
                 self._hooked[frame.job] = sent.hooks, frame.flag, frame.body
             return sent is not None
         elif kind is Kind.HOOK_QUEUED:
@@ -328,8 +397,13 @@ class Handle:
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
-            for sent in list(self._sent.values()):
-                self._outbox.put(*(sent.pieces or ()))
+            for job, sent in list(self._sent.items()):
+                if type(sent) is tuple:
+                    self._loose.append((job, *sent))
+                else:
+                    self._gather()
+                    self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
+            self._gather()
             for job, call in list(self._hooked.items()):
                 if call is not None:
                     hooks, flag, body = call
@@ -360,10 +434,11 @@ class Handle:
                 yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
         taken_back = pack_verdict(JobState.CANCELLED, reason="taken back before it started")
         for job, sent in list(self._sent.items()):
-            if sent.pieces is not None and self._flushed < self._flush_asked:
+            waiting = type(sent) is not _Sent or sent.pieces is not None
+            if waiting and self._flushed < self._flush_asked:
                 del self._sent[job]
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
-            elif sent.pieces is None:
+            elif type(sent) is _Sent and not waiting:
                 del self._sent[job]
                 body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
                 if sent.hooks:
