@@ -52,7 +52,7 @@ def become_worker(
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
         lines = socket.socket(fileno=data), socket.socket(fileno=control)
-        worker.this_worker = Worker(*lines, Page(page, last=True), Lane(lane), slot)
+        worker.this_worker = Worker(*lines, Page(page, mine=True), Lane(lane), slot)
         worker.this_worker.serve(boot, prepared)
         code = 0
     except SystemExit as exc:

@@ -251,6 +251,8 @@ class Dispatcher:
             return
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
         self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}")
+        self._parent.put_fd(crew.page_fd)
+        self._show_workers()
 
     def _boot_frame(self) -> bytes:
         return encode(Kind.BOOT, flag=1, body=self._boot.body)
@@ -377,7 +379,7 @@ class Dispatcher:
         """What a dead worker had no time to send."""
         events: list[Any] = []
         with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
-            if (frame := crew.page.left(crew.pid)) is not None:
+            for frame in crew.page.left(crew.pid):
                 events.append(f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame))
         job, started = crew.page.running()
         if job:
@@ -390,7 +392,8 @@ class Dispatcher:
             for crew in self._fleet.crews.values()
             if crew.pid
         ]
-        self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
+        everything = {"workers": crews, "pages": list(self._fleet.crews)}
+        self._parent.put(Frame(Kind.WORKERS, body=json.dumps(everything).encode()))
 
 
 def _asked(frame: Frame) -> Any:

@@ -161,7 +161,7 @@ class Exit(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Crew:
-    """The dispatcher's ends of the lines to a child, ``data`` for frames, ``control`` for its watchdog, and its page."""
+    """The dispatcher's ends of the lines to one child: ``data`` for frames, ``control`` for its watchdog."""
 
     worker: int
     slot: int
@@ -169,6 +169,8 @@ class Crew:
     data: socket.socket
     control: socket.socket
     page: Page
+    #: the page, for whoever else shall see it
+    page_fd: int
     pid: int = 0
     #: when it was asked for, by ``time.monotonic()``
     asked: float = 0.0
@@ -178,6 +180,7 @@ class Crew:
         self.data.close()
         self.control.close()
         self.page.close()
+        os.close(self.page_fd)
 
 
 class Fleet:
@@ -253,10 +256,10 @@ class Fleet:
             OSError: no process or descriptor can be had. Nothing is left behind.
         """
         their_page = create()
-        page = Page(os.dup(their_page))
+        page = Page(os.dup(their_page), worker=worker)
         data, their_data = socket.socketpair()
         control, their_control = socket.socketpair()
-        crew = Crew(worker, slot, lane, data, control, page, asked=time.monotonic())
+        crew = Crew(worker, slot, lane, data, control, page, os.dup(their_page), asked=time.monotonic())
         fds = [their_data.fileno(), their_control.fileno(), their_page]
         try:
             if self.template is not None:

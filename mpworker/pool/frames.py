@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from socket import socket
+from socket import recv_fds, socket
 from typing import NamedTuple
 from zlib import crc32
 
@@ -237,6 +237,17 @@ class Outbox:
             batch.append(piece)
             size += len(piece)
         return b"".join(batch)
+
+
+def receive_fds(sock: socket) -> tuple[bytes | None, list[int]]:
+    """As :func:`receive`, with the descriptors that came along."""
+    try:
+        data, fds, _, _ = recv_fds(sock, CHUNK, 256)
+        return data, fds
+    except (BlockingIOError, InterruptedError):
+        return None, []
+    except ConnectionError:
+        return b"", []
 
 
 def receive(sock: socket) -> bytes | None:

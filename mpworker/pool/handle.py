@@ -24,7 +24,7 @@ from typing import Any
 
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
-from mpworker.pool import fleet
+from mpworker.pool import fleet, linux
 from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
     LONGEST_WAIT,
@@ -35,10 +35,10 @@ from mpworker.pool.frames import (
     encode,
     header,
     pack_start,
-    receive,
+    receive_fds,
     unpack_start,
 )
-from mpworker.pool.page import results, who_ran
+from mpworker.pool.page import Page, results, who_ran
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -54,6 +54,8 @@ _START_TRIES = 10
 _START_PAUSE = 0.5
 #: Seconds that a dispatcher gets to end everything.
 _KILL_TIMEOUT = 4.0
+#: Seconds that its workers may take to end after it was killed.
+_LAST_BREATH = 0.5
 #: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
 _READS_PER_DRAIN = 8
 _JOIN_BELOW = 1 << 16
@@ -116,6 +118,8 @@ class Handle:
         #: what is noted here and what is put into the outbox change together
         self._mutex = threading.RLock()
         self._reader = FrameReader("the dispatcher")
+        self._pages: dict[int, Page] = {}  # by worker
+        self._listed: set[int] = set()
         self._process: Any = None
         self._line: socket.socket | None = None
         self._closing: Kind | None = None
@@ -299,7 +303,11 @@ class Handle:
         """
         for _ in range(_READS_PER_DRAIN):
             line = self._line
-            data = receive(line) if line is not None else None
+            data, fds = receive_fds(line) if line is not None else (None, [])
+            for fd in fds:
+                with contextlib.suppress(OSError, ProtocolError):
+                    page = Page(fd)
+                    self._pages[page.worker] = page
             if data is None:
                 return
             try:
@@ -360,7 +368,11 @@ class Handle:
         elif kind in (Kind.SOFT, Kind.PROGRESS):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
-            self.workers = json.loads(frame.body)
+            told = json.loads(frame.body)
+            self.workers = told["workers"]
+            listed, self._listed = self._listed, set(told["pages"])
+            for worker in self._pages.keys() & listed - self._listed:  # a page comes before its name
+                self._pages.pop(worker).close()
             if self.workers:
                 self.ready, self._restarts = True, 0
             return False
@@ -377,6 +389,12 @@ class Handle:
         if line is not None:
             line.close()
         code = self._process.wait()
+        if not self.finished:
+            yield from self._read_pages()
+        for page in self._pages.values():
+            page.close()
+        self._pages.clear()
+        self._listed.clear()
         self.workers = []
         if self.finished:
             return
@@ -412,6 +430,18 @@ class Handle:
             if self._closing is not None:
                 self._outbox.put(encode(self._closing))
         self.flush()
+
+    def _read_pages(self) -> Iterator[Frame]:
+        """What the dispatcher had no time to tell: results that still wait in a page, and what else has started."""
+        end = time.monotonic() + _LAST_BREATH
+        while any(map(linux.alive, (worker["pid"] for worker in self.workers))) and time.monotonic() < end:
+            time.sleep(0.001)  # they are killed with the dispatcher, but each ends for itself
+        for page in self._pages.values():
+            for frame in page.left(0):
+                yield from self._one_by_one(frame)
+            for job in page.started():
+                if (sent := self._sent.get(job)) is not None:
+                    self._sent[job] = _Sent(None, sent.hooks if type(sent) is _Sent else b"")
 
     def _restart(self) -> bool:
         for _ in range(_START_TRIES):

@@ -1,8 +1,10 @@
-"""A page of memory that a worker shares with the dispatcher: what it runs, and results that are not on their way yet.
+"""A page of memory that a worker shares with the dispatcher and the parent: what it has started, and results that are
+not on their way yet.
 
 Owns the layout, and how results of tiny jobs travel together. The worker writes, at the cost of a few stores where a
-frame would be a system call and a wake-up; the dispatcher reads when the worker is silent or dead. So whatever instant
-a process is killed at, it is known which job it ran, and nothing that it had finished is lost.
+frame would be a system call and a wake-up. The dispatcher reads when the worker is silent or dead, the parent when the
+dispatcher is. So whatever instant a process is killed at, it is known what had been started, and nothing that a worker
+had finished is lost with it.
 """
 
 from __future__ import annotations
@@ -25,11 +27,16 @@ _ROOM = 32 << 10
 _RECORD = struct.Struct("=QIIdd")
 _WHO = struct.Struct("=Qd")
 # Cells of 8 bytes at the start of the page.
-_JOB, _STARTED, _COUNT, _USED = 0, 1, 2, 3
-_RECORDS = 64
-_BODIES = _RECORDS + MOST * _RECORD.size
+_JOB, _STARTED, _STARTS, _WORKER = range(4)
+# Results are collected in one half while the other still holds those that were sent last.
+_COUNT, _USED = (4, 6), (5, 7)
+#: The jobs that were started last: more than can be on their way to the parent.
+_LAST = 1024
+_RECORDS = 8 * (8 + _LAST)
+_BODIES = MOST * _RECORD.size
+_HALF = _BODIES + _ROOM
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1
-SIZE = mmap.PAGESIZE * -(-(_BODIES + _ROOM) // mmap.PAGESIZE)
+SIZE = mmap.PAGESIZE * -(-(_RECORDS + 2 * _HALF) // mmap.PAGESIZE)
 
 
 class Ran(NamedTuple):
@@ -68,26 +75,36 @@ class Page:
 
     Args:
         fd: from :func:`create`; closed here.
-        last: nobody else needs to map it. What is written to descriptors at random then cannot reach it.
+        worker: its number, from who makes it.
+        mine: this is the worker. What is written to descriptors at random cannot reach the page afterwards.
     """
 
-    def __init__(self, fd: int, *, last: bool = False) -> None:
+    def __init__(self, fd: int, *, worker: int | None = None, mine: bool = False) -> None:
         try:
-            self._memory = mmap.mmap(fd, SIZE)
-            if last and hasattr(fcntl, "F_ADD_SEALS"):
+            writable = mine or worker is not None
+            if not writable and not _cannot_shrink(fd):
+                raise ProtocolError("the dispatcher sent a descriptor that is no page")
+            self._memory = mmap.mmap(fd, SIZE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+            if mine and hasattr(fcntl, "F_ADD_SEALS"):
                 with contextlib.suppress(OSError):  # a kernel that is too old
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         finally:
             os.close(fd)
         view = memoryview(self._memory)[:_RECORDS]
         self._cells, self._times = view.cast("Q"), view.cast("d")
+        if worker is not None:
+            self._cells[_WORKER] = worker
+        self._starts = self._half = 0
 
     # -- the worker ----------------------------------------------------------------------------------------------
 
     def begin(self, job: int, started: float) -> None:
         """A job starts now."""
+        cells, starts = self._cells, self._starts
+        cells[8 + starts % _LAST] = job
+        cells[_STARTS] = self._starts = starts + 1
         self._times[_STARTED] = started
-        self._cells[_JOB] = job
+        cells[_JOB] = job
 
     def end(self) -> None:
         """It is over and its result has been written, or is about to be sent."""
@@ -99,44 +116,56 @@ class Page:
         Returns:
             how many wait now; 0 if there is no room for this one.
         """
-        cells = self._cells
-        count, used = cells[_COUNT], cells[_USED]
+        cells, half = self._cells, self._half
+        count, used = cells[_COUNT[half]], cells[_USED[half]]
         if count == MOST or used + len(body) > _ROOM:
             return 0
-        at = _BODIES + used
+        start = _RECORDS + half * _HALF
+        at = start + _BODIES + used
         self._memory[at : at + len(body)] = body
-        _RECORD.pack_into(self._memory, _RECORDS + count * _RECORD.size, job, len(body), flag, started, runtime)
-        cells[_USED] = used + len(body)
-        cells[_COUNT] = count + 1  # from here on it counts
+        _RECORD.pack_into(self._memory, start + count * _RECORD.size, job, len(body), flag, started, runtime)
+        cells[_USED[half]] = used + len(body)
+        cells[_COUNT[half]] = count + 1  # from here on it counts
         return count + 1
 
     @property
     def waiting(self) -> bool:
-        return self._cells[_COUNT] > 0
+        return self._cells[_COUNT[self._half]] > 0
 
     def forget(self) -> None:
-        """What waited has been sent."""
-        self._cells[_COUNT] = self._cells[_USED] = 0
+        """What waited has been sent. Until the next time it can still be read."""
+        self._half = half = 1 - self._half
+        self._cells[_COUNT[half]] = self._cells[_USED[half]] = 0
 
     def pack(self, pid: int, max_rss: float) -> bytes:
         """The RESULTS frame of what waits."""
-        records, bodies = self._contents(self._cells[_COUNT], self._cells[_USED])
+        half = self._half
+        records, bodies = self._contents(half, self._cells[_COUNT[half]], self._cells[_USED[half]])
         return encode(Kind.RESULTS, extra=_WHO.pack(pid, max_rss) + records, body=bodies)
 
-    # -- the dispatcher ------------------------------------------------------------------------------------------
+    # -- who reads -----------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> int:
+        return self._cells[_WORKER]
+
+    def started(self) -> list[int]:
+        """The jobs that were started last, the current one included, in no order."""
+        return self._cells[8 : 8 + min(self._cells[_STARTS], _LAST)].tolist()
 
     def running(self) -> tuple[int, float]:
         """The job that runs, or 0, and when it started."""
         return self._cells[_JOB], self._times[_STARTED]
 
-    def left(self, pid: int) -> Frame | None:
-        """What a dead worker had not sent, or had sent and not forgotten yet."""
-        count = self._cells[_COUNT]
-        if not 0 < count <= MOST:
-            return None
-        records, bodies = self._contents(count, _ROOM)
-        used = sum(length for _, length, *_ in _RECORD.iter_unpack(records))
-        return Frame(Kind.RESULTS, extra=_WHO.pack(pid, 0.0) + records, body=bodies[:used])
+    def left(self, pid: int) -> list[Frame]:
+        """What a dead worker had sent last, and what it had not sent."""
+        frames = []
+        for half in (0, 1):
+            if 0 < (count := self._cells[_COUNT[half]]) <= MOST:
+                records, bodies = self._contents(half, count, _ROOM)
+                used = sum(length for _, length, *_ in _RECORD.iter_unpack(records))
+                frames.append(Frame(Kind.RESULTS, extra=_WHO.pack(pid, 0.0) + records, body=bodies[:used]))
+        return frames
 
     def close(self) -> None:
         for view in (self._cells, self._times):
@@ -144,8 +173,16 @@ class Page:
         with contextlib.suppress(BufferError):
             self._memory.close()
 
-    def _contents(self, count: int, used: int) -> tuple[bytes, bytes]:
-        return self._memory[_RECORDS : _RECORDS + count * _RECORD.size], self._memory[_BODIES : _BODIES + used]
+    def _contents(self, half: int, count: int, used: int) -> tuple[bytes, bytes]:
+        start = _RECORDS + half * _HALF
+        bodies = start + _BODIES
+        return self._memory[start : start + count * _RECORD.size], self._memory[bodies : bodies + used]
+
+
+def _cannot_shrink(fd: int) -> bool:
+    if os.fstat(fd).st_size < SIZE:
+        return False
+    return not hasattr(fcntl, "F_GET_SEALS") or bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
 
 
 def who_ran(frame: Frame) -> tuple[int, float]:
