@@ -18,7 +18,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpworker.errors import ConfigurationError
+from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
 from mpworker.pool.coroutines import settle
@@ -104,8 +104,18 @@ class ProcessPool(Executor):
     # -- tasks ---------------------------------------------------------------------------------------------------
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture[T]:
-        """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise."""
-        return self.schedule(fn, args, kwargs)
+        """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise.
+
+        But a call that cannot be pickled fails its future, as with every other executor.
+        """
+        try:
+            body = pack_call(fn, args, kwargs)
+        except PayloadError as exc:
+            core = self._started()
+            future: TaskFuture[T] = TaskFuture(core, core.handle.next_id())
+            future.settle(False, exc)
+            return future
+        return self._send(body, self._soft_timeout, self._timeout, b"", "")
 
     def schedule(
         self,

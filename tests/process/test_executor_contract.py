@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
@@ -21,6 +21,7 @@ from concurrent.futures import (
 )
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 
 import pytest
 import support
@@ -73,6 +74,24 @@ def test_any_keyword_is_the_functions_own(pool: ProcessPool) -> None:
         pool.submit()  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         pool.submit(fn=support.give)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("function", "argument"), [(lambda: 1, ()), (support.give, (threading.Lock(),))])
+def test_a_call_that_cannot_travel_fails_its_future(
+    function: Callable[..., object], argument: tuple[object], pool: ProcessPool
+) -> None:
+    before = pool.stats()["submitted"]
+    future = pool.submit(function, *argument)
+    assert future.done()
+    for kind in (PicklingError, TypeError):
+        with pytest.raises(kind, match=r"^the call of .* cannot be pickled"):
+            future.result(0)
+    assert not future.cancel()
+    assert pool.stats()["submitted"] == before
+    unused = ProcessPool(1)
+    unused.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        unused.submit(function, *argument)
 
 
 def test_a_future_tells_its_state(pool: ProcessPool, gate: Gate) -> None:
