@@ -57,7 +57,7 @@ class TaskFuture(Future[T]):
             # The base class refuses to cancel what runs; here it can be ended.
             self._state = "CANCELLED"
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._invoke_callbacks()
         self.set_running_or_notify_cancel()
         if self._core.owner == os.getpid():  # not in a fork, whose future this is not
             self._core.handle.cancel(self.job, signal.SIGTERM)
@@ -65,6 +65,16 @@ class TaskFuture(Future[T]):
         return True
 
     def begin(self) -> None:
+    def _invoke_callbacks(self) -> None:
+        # The base class lets SystemExit through, which result() raises again in a callback if the task has raised it.
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+            try:
+                callback(self)
+            except BaseException as exc:
+                if not isinstance(exc, Exception) and threading.current_thread() is not self._core.thread:
+                    raise
+                logger.exception("a callback of %r has failed", self)
+
         """The task runs, unless the future has been cancelled meanwhile."""
         with self._condition:
             if self._state == "PENDING":

@@ -247,6 +247,21 @@ def test_done_callbacks_run_in_order_and_once(pool: ProcessPool, gate: Gate, cap
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_done_callback_may_raise_anything(
+    kind: type[BaseException], pool: ProcessPool, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[object] = []
+    future = pool.submit(support.meet_and_fail, Signpost(gate.folder / "here"), gate.go, kind)
+    future.add_done_callback(lambda f: f.result())  # raises what the task has raised
+    future.add_done_callback(heard.append)
+    gate.go.set()
+    assert type(future.exception(PATIENCE)) is kind
+    wait_until(lambda: heard, what="the second one is called")
+    assert kind.__name__ in caplog.text
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
 def test_done_callbacks_hear_of_every_kind_of_end(pool: ProcessPool, gate: Gate) -> None:
     heard: list[Future[object]] = []
     futures = [pool.submit(support.fail), pool.submit(support.die, "exit"), gate.submit(pool)]
