@@ -31,6 +31,7 @@ from mpworker.settings import START_METHODS
 
 if TYPE_CHECKING:
     import asyncio
+    from types import TracebackType
 
 T = TypeVar("T")
 
@@ -311,6 +312,15 @@ class ProcessPool(Executor):
         core.close()
         if wait and threading.current_thread() is not core.thread:
             core.thread.join()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        """As :meth:`shutdown`; but after Ctrl-C what is not finished is cancelled."""
+        core = self._core
+        if core is not None and exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            core.cancel_all()
+        self.shutdown()
 
     def stats(self) -> dict[str, Any]:
         """What the pool has done and is doing.

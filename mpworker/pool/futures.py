@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
@@ -64,7 +65,6 @@ class TaskFuture(Future[T]):
             self._core.wake()
         return True
 
-    def begin(self) -> None:
     def _invoke_callbacks(self) -> None:
         # The base class lets SystemExit through, which result() raises again in a callback if the task has raised it.
         for callback in self._done_callbacks:  # type: ignore[attr-defined]
@@ -75,6 +75,7 @@ class TaskFuture(Future[T]):
                     raise
                 logger.exception("a callback of %r has failed", self)
 
+    def begin(self) -> None:
         """The task runs, unless the future has been cancelled meanwhile."""
         with self._condition:
             if self._state == "PENDING":
@@ -101,7 +102,7 @@ class Results:
         self.names: dict[int, str] = {}
         self.counts = dict.fromkeys(COUNTS, 0)
         self.running: set[int] = set()
-        self.broken: BootError | None = None
+        self.broken: RuntimeError | None = None
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._wake_reader, self._wake_writer = os.pipe()
@@ -121,6 +122,11 @@ class Results:
             with contextlib.suppress(OSError):
                 os.write(self._wake_writer, b"!")
 
+    def cancel_all(self) -> None:
+        """Cancels what is not finished, also what runs."""
+        for future in list(self.futures.values()):
+            future.cancel()
+
     def close(self) -> None:
         """Nothing more will be submitted; the thread ends when all is done."""
         if os.getpid() == self.owner:
@@ -138,7 +144,7 @@ class Results:
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
             self.handle.kill()
         finally:
-            self.broken = self.broken or BootError("the pool has been shut down")
+            self.broken = self.broken or RuntimeError("cannot schedule new futures: the pool has been shut down")
             self.ended = True
             self.fail_all()
             os.close(self._wake_reader)
@@ -210,9 +216,22 @@ class Results:
 
 
 def _end_live_pools() -> None:
-    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does."""
+    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does; but not after Ctrl-C."""
     cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
     for core in cores:
         core.close()
-    for core in cores:
-        core.thread.join()
+    try:
+        if _interrupted():
+            raise KeyboardInterrupt
+        for core in cores:
+            core.thread.join()
+    except KeyboardInterrupt:
+        for core in cores:
+            core.cancel_all()
+        for core in cores:
+            core.thread.join()
+
+
+def _interrupted() -> bool:
+    """Whether the interpreter ends because of Ctrl-C, and not of the end of a session in which that was used before."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
