@@ -360,6 +360,36 @@ def test_who_submits_while_another_thread_shuts_down_is_told_or_served() -> None
     assert not any(future.exception(0) for future in futures)
 
 
+def test_threads_may_cancel_the_same_task_and_shut_down_at_the_same_time(gate: Gate) -> None:
+    pool = ProcessPool(2)
+    running, waiting = [gate.submit(pool), gate.submit(pool)], [pool.submit(support.give, n) for n in range(50)]
+    heard: list[Future[object]] = []
+    for future in running + waiting:
+        future.add_done_callback(heard.append)
+    dispatcher = pool.stats()["dispatcher"]
+    together = threading.Barrier(6)
+
+    def cancel_all() -> list[bool]:
+        together.wait(PATIENCE)
+        return [future.cancel() for future in running + waiting[::2]]
+
+    def shut_down(patient: bool) -> None:
+        together.wait(PATIENCE)
+        pool.shutdown(wait=patient)
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(cancel_all) for _ in range(3)]
+        ends = [threads.submit(shut_down, patient) for patient in (True, True, False)]
+        assert all(answer.result(PATIENCE)[:2] == [True, True] for answer in answers)
+        assert [end.result(PATIENCE) for end in ends] == [None] * 3
+    assert not support.alive(dispatcher)
+    assert wait(running + waiting, 0).not_done == set()
+    assert all(future.cancelled() for future in running)
+    assert [future.result(0) for future in waiting[1::2]] == list(range(1, 50, 2))
+    wait_until(lambda: len(heard) == 52, what="the callbacks")
+    assert set(heard) == {*running, *waiting}
+
+
 def test_a_pool_is_collected_though_it_has_worked(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
     pool = ProcessPool(1)
     known = weakref.ref(pool)
