@@ -284,8 +284,9 @@ class ProcessPool(Executor):
             if self._core is None:
                 handle = handles.make(self._options, initializer=self._initializer, slot_env=self._slot_env)
                 handle.start()
-                core = self._core = Results(handle, self._max_pending)
+                core = Results(handle, self._max_pending)
                 core.start()
+                self._core = core
                 weakref.finalize(self, core.close).atexit = False
             return self._core
 

@@ -111,6 +111,13 @@ class Results:
 
     def start(self) -> None:
         """Starts the thread; from here on the interpreter waits for this pool's work before it exits."""
+        try:
+            self.thread.start()
+        except BaseException:  # the system, or an interpreter that is about to end, refuses
+            self.handle.kill()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            raise
         if not _live:
             atexit.register(_end_live_pools)
         _live.add(self)

@@ -122,6 +122,30 @@ def test_threads_may_submit_and_cancel_at_the_same_time(pool: ProcessPool) -> No
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
+def test_a_pool_whose_thread_cannot_start_leaves_nothing_and_may_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, started = set(support.processes()), []
+
+    def refuse(thread: threading.Thread) -> None:
+        started.extend(set(support.processes()) - before)
+        raise RuntimeError("can't start new thread")
+
+    pool = ProcessPool(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(support.give)
+        pool.shutdown()
+    assert started
+    assert not any(map(support.alive, started))
+    pool = ProcessPool(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(support.give)
+    with pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
 # -- map -------------------------------------------------------------------------------------------------------------
 
 
