@@ -121,7 +121,6 @@ class Results:
         if not _live:
             atexit.register(_end_live_pools)
         _live.add(self)
-        self.thread.start()
 
     def wake(self) -> None:
         """Makes the thread look at the outbox, if something is left in it."""
@@ -225,9 +224,9 @@ class Results:
 def _end_live_pools() -> None:
     """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does; but not after Ctrl-C."""
     cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
-    for core in cores:
-        core.close()
     try:
+        for core in cores:
+            core.close()
         if _interrupted():
             raise KeyboardInterrupt
         for core in cores:

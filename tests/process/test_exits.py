@@ -31,7 +31,7 @@ class Way(NamedTuple):
 
 
 HEAD = """
-import atexit, os, sys, threading
+import atexit, os, sys, threading, warnings
 from pathlib import Path
 import support
 from mpworker import ProcessPool
@@ -93,6 +93,7 @@ WAYS = {
     "a fork that ends first": Way(
         "pool = ProcessPool(1)\n"
         "submit(pool)\n"
+        "warnings.simplefilter('ignore')  # Python 3.12 and later: there is a thread\n"
         "child = os.fork()\n"
         "if not child:\n"
         " sys.exit(7)\n"
@@ -102,6 +103,9 @@ WAYS = {
         "7",
     ),
 }
+
+
+NEED_A_THREAD = ("a pool of a thread that goes on", "an exit hook with a pool of its own")
 
 
 def living(folder: Path) -> list[str]:
@@ -116,6 +120,8 @@ def living(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_interpreter_ends(way: str, tmp_path: Path) -> None:
+    if sys.version_info[:2] == (3, 12) and way in NEED_A_THREAD:
+        pytest.skip("this Python starts no thread any more when the script has ended")
     body, code, ran, out, err = WAYS[way]
     script = HEAD + "".join(f"    {line}\n" for line in body.splitlines())
     ended = support.run_script(script, tmp_path)
@@ -130,7 +136,7 @@ def test_the_interpreter_ends(way: str, tmp_path: Path) -> None:
 IN_RESULT = "pool = ProcessPool(1)\nsubmit(pool)\npool.submit(support.meet, *meet).result()"
 IN_WITH = "with ProcessPool(1) as pool:\n list(pool.map(support.meet, meet[:1] * 3, meet[1:] * 3))"
 AFTER_WITH = "with ProcessPool(1) as pool:\n pool.submit(support.meet, *meet)\n submit(pool)"
-AT_EXIT = "pool = ProcessPool(1)\npool.submit(support.meet, *meet)\nsubmit(pool)"
+AT_EXIT = "pool = ProcessPool(1)\npool.submit(support.sleep)\nsubmit(pool)\natexit.register(meet[0].set)"
 
 
 def waits(pid: int) -> bool:
