@@ -3,7 +3,7 @@
 MPWorkerError
 ├── ConfigurationError          a setting is wrong; the message names it and says what to do
 ├── BootError                   a child process could not get ready (also a ``BrokenExecutor``)
-├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError``)
+├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError`` and a ``PicklingError``)
 ├── RemoteError                 an error from a child that cannot be rebuilt here; tells its type and text
 ├── UnheardError                a classic model failed that has no ``error_callback``
 ├── ProtocolError               a peer sent bytes that are no frame
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import signal as _signal
 from concurrent.futures import BrokenExecutor, CancelledError
+from pickle import PicklingError
 
 
 class MPWorkerError(Exception):
@@ -34,7 +35,7 @@ class BootError(MPWorkerError, BrokenExecutor):
     """A child process could not get ready: its preload or its initializer failed, or it took too long."""
 
 
-class PayloadError(MPWorkerError, TypeError):
+class PayloadError(MPWorkerError, TypeError, PicklingError):
     """A function, an argument or a result cannot be pickled, or not unpickled at the other end."""
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
@@ -83,12 +84,22 @@ class TaskFuture(Future[T]):
             # The base class refuses to cancel what runs; here it can be ended.
             self._state = "CANCELLED"
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._invoke_callbacks()
         self.set_running_or_notify_cancel()
         if self._core.owner == os.getpid():  # not in a fork, whose future this is not
             self._core.handle.cancel(self.job, signal.SIGTERM)
             self._core.wake()
         return True
+
+    def _invoke_callbacks(self) -> None:
+        # The base class lets SystemExit through, which result() raises again in a callback if the task has raised it.
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+            try:
+                callback(self)
+            except BaseException as exc:
+                if not isinstance(exc, Exception) and threading.current_thread() is not self._core.thread:
+                    raise
+                logger.exception("a callback of %r has failed", self)
 
     def begin(self) -> None:
         """The task runs, unless the future has been cancelled meanwhile."""
@@ -130,7 +141,7 @@ class Results:
         self.names: dict[int, str] = {}
         self.counts = dict.fromkeys(COUNTS, 0)
         self.running: set[int] = set()
-        self.broken: BootError | None = None
+        self.broken: RuntimeError | None = None
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
@@ -142,10 +153,16 @@ class Results:
 
     def start(self) -> None:
         """Starts the thread; from here on the interpreter waits for this pool's work before it exits."""
+        try:
+            self.thread.start()
+        except BaseException:  # the system, or an interpreter that is about to end, refuses
+            self.handle.kill()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            raise
         if not _live:
             atexit.register(_end_live_pools)
         _live.add(self)
-        self.thread.start()
 
     def send(self) -> None:
         """Sends what has been submitted: at once while little is unfinished, else together with what follows."""
@@ -159,6 +176,11 @@ class Results:
             self._asleep = False
             with contextlib.suppress(OSError):
                 os.write(self._wake_writer, b"!")
+
+    def cancel_all(self) -> None:
+        """Cancels what is not finished, also what runs."""
+        for future in list(self.futures.values()):
+            future.cancel()
 
     def close(self) -> None:
         """Nothing more will be submitted; the thread ends when all is done."""
@@ -177,7 +199,7 @@ class Results:
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
             self.handle.kill()
         finally:
-            self.broken = self.broken or BootError("the pool has been shut down")
+            self.broken = self.broken or RuntimeError("cannot schedule new futures: the pool has been shut down")
             self.ended = True
             self.fail_all()
             os.close(self._wake_reader)
@@ -282,9 +304,22 @@ class Results:
 
 
 def _end_live_pools() -> None:
-    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does."""
+    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does; but not after Ctrl-C."""
     cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
-    for core in cores:
-        core.close()
-    for core in cores:
-        core.thread.join()
+    try:
+        for core in cores:
+            core.close()
+        if _interrupted():
+            raise KeyboardInterrupt
+        for core in cores:
+            core.thread.join()
+    except KeyboardInterrupt:
+        for core in cores:
+            core.cancel_all()
+        for core in cores:
+            core.thread.join()
+
+
+def _interrupted() -> bool:
+    """Whether the interpreter ends because of Ctrl-C, and not of the end of a session in which that was used before."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")

@@ -187,7 +187,7 @@ def test_an_unpicklable_result_is_named(pool: ProcessPool) -> None:
 def test_an_unpicklable_call_is_refused_at_once(pool: ProcessPool, function: object, argument: tuple[object]) -> None:
     before = pool.stats()["submitted"]
     with pytest.raises(PayloadError, match=r"^the call of .* cannot be pickled"):
-        pool.submit(function, *argument)  # type: ignore[arg-type]
+        pool.schedule(function, argument)  # type: ignore[arg-type]
     with pytest.raises(PayloadError, match="a callback cannot be pickled"):
         pool.schedule(support.give, callback=lambda value: None)
     assert pool.stats()["submitted"] == before

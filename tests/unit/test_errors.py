@@ -52,6 +52,7 @@ def test_every_error_survives_pickling_and_copying(error: Exception) -> None:
         (errors.ConfigurationError, ValueError),
         (errors.BootError, BrokenExecutor),
         (errors.PayloadError, TypeError),
+        (errors.PayloadError, pickle.PicklingError),
         (TimeLimitExceeded, TimeoutError),
         (errors.TaskCancelled, CancelledError),
         (errors.StoreError, OSError),
