@@ -259,7 +259,7 @@ class Handle:
             except ProtocolError as exc:
                 logger.critical("%s; it is replaced", exc)
                 self._process.kill()
-                frames, data = [], b""
+                frames, data = list(exc.before), b""
             for frame in frames:
                 if self._note(frame):
                     if starts and frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
