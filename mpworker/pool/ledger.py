@@ -427,7 +427,8 @@ class Ledger:
 
     def _overdue(self, book: LaneBook, worker: Worker, now: float) -> None:
         if worker.state is WorkerState.STARTING and not worker.killed:
-            self._unready(f.WorkerUnready(worker.id, f"not ready within {self._ready_timeout:g} s"), now)
+            why = worker.fault or f"not ready within {self._ready_timeout:g} s"
+            self._unready(f.WorkerUnready(worker.id, why), now)
         if worker.final:  # not even SIGKILL: an uninterruptible wait in the kernel
             self._gone(f.WorkerGone(worker.id, None, signal.SIGKILL, None), now)
         else:

@@ -68,11 +68,11 @@ def _descriptors() -> Iterator[str]:
 class Bench:
     """A pool and what it prints."""
 
-    def __init__(self, method: str, **options: Any) -> None:
+    def __init__(self, method: str, size: int = SIZE, **options: Any) -> None:
         # With the faults imported a short limit finds the fault itself.
         ready = {"initializer": import_module, "initargs": (faults.__name__,)}
         self.output = Output()
-        self.pool = ProcessPool(SIZE, start_method=method, **{**ready, **options})
+        self.pool = ProcessPool(size, start_method=method, **{**ready, **options})
 
     def workers(self) -> set[int]:
         """The workers' pids, once there are as many as asked for, all alive."""
@@ -92,15 +92,17 @@ def bench(method: str, *, start: bool = True, **options: Any) -> Iterator[Bench]
     """A pool that is at full size; that ends in time and leaves nothing behind."""
     before = set(support.processes())
     made = Bench(method, **options)
-    with made.output.connected():
-        if start:
-            assert made.pool.submit(support.give, 1).result(PATIENCE) == 1
-            made.workers()
-        else:
-            made.pool._started()
-    yield made
-    begun = time.monotonic()
-    made.pool.shutdown()
+    try:
+        with made.output.connected():
+            if start:
+                assert made.pool.submit(support.give, 1).result(PATIENCE) == 1
+                made.workers()
+            else:
+                made.pool._started()
+        yield made
+    finally:
+        begun = time.monotonic()
+        made.pool.shutdown()
     assert time.monotonic() - begun < 2.0 + SLACK
     wait_until(lambda: not set(support.processes()) - before, 2.0 + SLACK, "no process is left")
     wait_until(made.output.ended, 2.0, "nobody holds what the processes print to")

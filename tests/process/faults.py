@@ -171,8 +171,8 @@ FAULTS: dict[str, Fault] = {
     "sys.exit": raising(SystemExit, "enough"),
     "out-of-memory": Fault(exhaust_memory, RAISES, "", MemoryError),
     "os._exit": Fault(lambda: os._exit(9), DIES, "exited with code 9"),
-    "SIGKILL": Fault(lambda: support.die("kill"), DIES, "SIGKILL"),
-    "SIGSEGV": Fault(crash, DIES, "SIGSEGV"),
+    "SIGKILL": Fault(lambda: support.die("kill"), DIES, "SIGKILL|signal 9$"),
+    "SIGSEGV": Fault(crash, DIES, "SIGSEGV|signal 11$"),
     "closes-descriptors": Fault(close_descriptors, DIES, "closed its line|exited with code 70"),
     "writes-garbage": Fault(write_garbage, DIES, "bytes that are no frame"),
     "SIGSTOP": Fault(stop_itself, STALLS),
@@ -190,6 +190,7 @@ FAULTS: dict[str, Fault] = {
 METHODS = ["fork", "forkserver", "spawn", "auto"]
 PLACES = ["initializer", "arguments", "task", "result", "parent", "callback", "error_callback"]
 _IN_TASK = "no other than sleeping there; seen in the task"
+_LIKE = "like the other exceptions there: they all become text"
 _NO_SOFT = "no soft limit there"
 _OWN = "it is the caller's own code that hits the caller's own process"
 #: Cells that make no sense, and why.
@@ -204,6 +205,8 @@ SENSELESS: dict[tuple[str, str], str] = {
         (place, "swallows-the-soft-limit"): _NO_SOFT
         for place in ("initializer", "result", "callback", "error_callback")
     },
+    **{("initializer", f"raises-{name}"): _LIKE for name in ("KeyboardInterrupt", "GeneratorExit", "CancelledError")},
+    ("initializer", "raises-StopIteration"): _LIKE,
     **{("parent", name): _OWN for name, fault in FAULTS.items() if fault.ending in (DIES, STALLS)},
     ("parent", "leaves-threads"): _OWN,
     ("parent", "prints-100-MB"): _OWN,
