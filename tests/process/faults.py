@@ -115,6 +115,11 @@ def close_descriptors() -> None:
     os.closerange(0, 4096)
 
 
+def close_and_sleep() -> None:
+    close_descriptors()
+    support.sleep()
+
+
 def write_garbage() -> None:
     spared = os.environ[SPARED].split(",")
     for name in os.listdir("/proc/self/fd"):
@@ -174,6 +179,7 @@ FAULTS: dict[str, Fault] = {
     "SIGKILL": Fault(lambda: support.die("kill"), DIES, "SIGKILL|signal 9$"),
     "SIGSEGV": Fault(crash, DIES, "SIGSEGV|signal 11$"),
     "closes-descriptors": Fault(close_descriptors, DIES, "closed its line|exited with code 70"),
+    "closes-descriptors-and-sleeps": Fault(close_and_sleep, DIES, "closed its line|exited with code 70"),
     "writes-garbage": Fault(write_garbage, DIES, "bytes that are no frame"),
     "SIGSTOP": Fault(stop_itself, STALLS),
     "holds-the-GIL": Fault(sleep_in_c, STALLS),
