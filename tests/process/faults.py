@@ -6,7 +6,6 @@ Children import this, so it imports nothing heavy. To add a fault: one function,
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import faulthandler
@@ -16,7 +15,9 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ FAULTS: dict[str, Fault] = {
     "raises-a-BaseException": raising(Odd, "very odd"),
     "raises-KeyboardInterrupt": raising(KeyboardInterrupt),
     "raises-GeneratorExit": raising(GeneratorExit, "no more"),
-    "raises-CancelledError": raising(asyncio.CancelledError, "not by you"),
+    "raises-CancelledError": raising(CancelledError, "not by you"),
     "raises-StopIteration": raising(StopIteration, "enough"),
     "sys.exit": raising(SystemExit, "enough"),
     "out-of-memory": Fault(exhaust_memory, RAISES, "", MemoryError),
@@ -230,9 +231,20 @@ def cells(place: str, *endings: str) -> list[str]:
 
 
 def commit(name: str, log: Path, *_: object) -> Any:
-    """Says in which process it happens, then does it."""
-    support.append(log, os.getpid())
+    """Says in which process it happens, and when; then does it."""
+    support.append(log, f"{os.getpid()} {time.monotonic()}")
     return FAULTS[name].act()
+
+
+class Deed(NamedTuple):
+    """What :func:`commit` has noted."""
+
+    pid: int
+    at: float
+
+
+def deeds(log: Path) -> list[Deed]:
+    return [Deed(int(pid), float(at)) for pid, at in map(str.split, support.lines(log))]
 
 
 class Cargo:
