@@ -19,8 +19,10 @@ MPWorkerError
 from __future__ import annotations
 
 import signal as _signal
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, CancelledError
 from pickle import PicklingError
+from typing import Any
 
 
 class MPWorkerError(Exception):
@@ -60,7 +62,15 @@ class UnheardError(MPWorkerError):
 
 
 class ProtocolError(MPWorkerError):
-    """Bytes on a pipe that are no frame. The message names the peer."""
+    """Bytes on a pipe that are no frame. The message names the peer.
+
+    Args:
+        before: the frames that came in front of those bytes; they count.
+    """
+
+    def __init__(self, text: str = "", before: Sequence[Any] = ()) -> None:
+        super().__init__(text)
+        self.before = before
 
 
 class StoreError(MPWorkerError, OSError):

@@ -322,8 +322,13 @@ class Dispatcher:
         events: list[Any] = []
         worker = crew.worker
         began, at = 0, 0.0  # the job whose start was the last word
+        broken: ProtocolError | None = None
         try:
-            for frame in reader.feed(data):
+            frames = reader.feed(data)
+        except ProtocolError as exc:  # a job whose start came with it must not start again elsewhere
+            frames, broken = list(exc.before), exc
+        try:
+            for frame in frames:
                 kind, job, flag, a, b, _, body = frame
                 if kind is _DONE and job == began:
                     events[-1] = f.JobRan(worker, job, at, flag, body, a, b)
@@ -340,6 +345,8 @@ class Dispatcher:
                 began, at = (job, a) if kind is _STARTED else (0, 0.0)
                 if kind is _READY:
                     self._show_workers()
+            if broken is not None:
+                raise broken
         finally:
             self._apply(*events)
 

@@ -140,7 +140,8 @@ class FrameReader:
         """Takes the next bytes and returns the frames they complete.
 
         Raises:
-            ProtocolError: the bytes are no frame. The stream cannot be read any further.
+            ProtocolError: the bytes are no frame. The stream cannot be read any further. The error
+                has the frames that came before them.
         """
         if self._have:
             self._pieces.append(data)
@@ -155,7 +156,7 @@ class FrameReader:
             magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
             if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
-                raise ProtocolError(f"{self.peer} sent bytes that are no frame")
+                raise ProtocolError(f"{self.peer} sent bytes that are no frame", frames)
             middle = start + extra
             end = middle + body
             if end > size:

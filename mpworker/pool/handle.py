@@ -315,7 +315,7 @@ class Handle:
             except ProtocolError as exc:
                 logger.critical("%s; it is replaced", exc)
                 self._process.kill()
-                frames, data = [], b""
+                frames, data = list(exc.before), b""
             for frame in frames:
                 if frame.kind is Kind.RESULTS and not starts:
                     yield frame

@@ -492,7 +492,8 @@ class Ledger:
 
     def _overdue(self, book: LaneBook, worker: Worker, now: float) -> None:
         if worker.state is WorkerState.STARTING and not worker.killed:
-            self._unready(f.WorkerUnready(worker.id, f"not ready within {self._ready_timeout:g} s"), now)
+            why = worker.fault or f"not ready within {self._ready_timeout:g} s"
+            self._unready(f.WorkerUnready(worker.id, why), now)
         if not worker.looked and worker.state is _BUSY:
             worker.looked, worker.deadline = True, now + START_GRACE
             self._out.append(f.Look(worker.id))

@@ -120,8 +120,10 @@ class Watchdog(threading.Thread):
         try:
             received = self._control.recv(CHUNK)
             frames = self._reader.feed(received)
-        except (OSError, ProtocolError):
+        except (ConnectionError, ProtocolError):
             received, frames = b"", []
+        except OSError:  # the task has closed our descriptors; a SIGKILL would read "out of memory?"
+            os._exit(os.EX_SOFTWARE)
         if not received:
             # The dispatcher is gone; whatever this task started goes with us.
             os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -68,8 +68,9 @@ def test_noise_is_no_frame(noise: bytes) -> None:
 
 @given(FRAME, st.binary(min_size=HEADER_SIZE, max_size=100))
 def test_noise_behind_a_frame_is_noticed(frame: Frame, noise: bytes) -> None:
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError) as caught:
         read(encode(*frame) + noise)
+    assert caught.value.before == [frame]
 
 
 @pytest.mark.parametrize("extra", [0, 2**32 - 1])
