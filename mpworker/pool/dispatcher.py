@@ -386,7 +386,7 @@ class Dispatcher:
         """What a dead worker had no time to send."""
         events: list[Any] = []
         with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
-            for frame in crew.page.left(crew.pid):
+            for frame in crew.page.left():
                 events.append(f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame))
         job, started = crew.page.running()
         if job:

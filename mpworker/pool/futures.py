@@ -93,7 +93,7 @@ class TaskFuture(Future[T]):
 
     def _invoke_callbacks(self) -> None:
         # The base class lets SystemExit through, which result() raises again in a callback if the task has raised it.
-        for callback in self._done_callbacks:  # type: ignore[attr-defined]
+        for callback in self._done_callbacks:
             try:
                 callback(self)
             except BaseException as exc:

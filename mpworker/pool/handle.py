@@ -437,11 +437,11 @@ class Handle:
         while any(map(linux.alive, (worker["pid"] for worker in self.workers))) and time.monotonic() < end:
             time.sleep(0.001)  # they are killed with the dispatcher, but each ends for itself
         for page in self._pages.values():
-            for frame in page.left(0):
+            for frame in page.left():
                 yield from self._one_by_one(frame)
             for job in page.started():
                 if (sent := self._sent.get(job)) is not None:
-                    self._sent[job] = _Sent(None, sent.hooks if type(sent) is _Sent else b"")
+                    self._sent[job] = _Sent(None, sent.hooks if type(sent) is _Sent else b"", page.pid)
 
     def _restart(self) -> bool:
         for _ in range(_START_TRIES):

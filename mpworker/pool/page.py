@@ -30,9 +30,10 @@ _WHO = struct.Struct("=Qd")
 _JOB, _STARTED, _STARTS, _WORKER = range(4)
 # Results are collected in one half while the other still holds those that were sent last.
 _COUNT, _USED = (4, 6), (5, 7)
+_PID, _RING = 8, 16
 #: The jobs that were started last: more than can be on their way to the parent.
 _LAST = 1024
-_RECORDS = 8 * (8 + _LAST)
+_RECORDS = 8 * (_RING + _LAST)
 _BODIES = MOST * _RECORD.size
 _HALF = _BODIES + _ROOM
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1
@@ -94,6 +95,8 @@ class Page:
         self._cells, self._times = view.cast("Q"), view.cast("d")
         if worker is not None:
             self._cells[_WORKER] = worker
+        if mine:
+            self._cells[_PID] = os.getpid()
         self._starts = self._half = 0
 
     # -- the worker ----------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ class Page:
     def begin(self, job: int, started: float) -> None:
         """A job starts now."""
         cells, starts = self._cells, self._starts
-        cells[8 + starts % _LAST] = job
+        cells[_RING + starts % _LAST] = job
         cells[_STARTS] = self._starts = starts + 1
         self._times[_STARTED] = started
         cells[_JOB] = job
@@ -137,11 +140,11 @@ class Page:
         self._half = half = 1 - self._half
         self._cells[_COUNT[half]] = self._cells[_USED[half]] = 0
 
-    def pack(self, pid: int, max_rss: float) -> bytes:
+    def pack(self, max_rss: float) -> bytes:
         """The RESULTS frame of what waits."""
         half = self._half
         records, bodies = self._contents(half, self._cells[_COUNT[half]], self._cells[_USED[half]])
-        return encode(Kind.RESULTS, extra=_WHO.pack(pid, max_rss) + records, body=bodies)
+        return encode(Kind.RESULTS, extra=_WHO.pack(self.pid, max_rss) + records, body=bodies)
 
     # -- who reads -----------------------------------------------------------------------------------------------
 
@@ -149,22 +152,26 @@ class Page:
     def worker(self) -> int:
         return self._cells[_WORKER]
 
+    @property
+    def pid(self) -> int:
+        return self._cells[_PID]
+
     def started(self) -> list[int]:
         """The jobs that were started last, the current one included, in no order."""
-        return self._cells[8 : 8 + min(self._cells[_STARTS], _LAST)].tolist()
+        return self._cells[_RING : _RING + min(self._cells[_STARTS], _LAST)].tolist()
 
     def running(self) -> tuple[int, float]:
         """The job that runs, or 0, and when it started."""
         return self._cells[_JOB], self._times[_STARTED]
 
-    def left(self, pid: int) -> list[Frame]:
+    def left(self) -> list[Frame]:
         """What a dead worker had sent last, and what it had not sent."""
         frames = []
         for half in (0, 1):
             if 0 < (count := self._cells[_COUNT[half]]) <= MOST:
                 records, bodies = self._contents(half, count, _ROOM)
                 used = sum(length for _, length, *_ in _RECORD.iter_unpack(records))
-                frames.append(Frame(Kind.RESULTS, extra=_WHO.pack(pid, 0.0) + records, body=bodies[:used]))
+                frames.append(Frame(Kind.RESULTS, extra=_WHO.pack(self.pid, 0.0) + records, body=bodies[:used]))
         return frames
 
     def close(self) -> None:

@@ -183,7 +183,7 @@ class Worker:
         if unsent:
             self.data.sendall(unsent)
         if self.page.waiting:
-            self.data.sendall(self.page.pack(self._pid, self._peak))
+            self.data.sendall(self.page.pack(self._peak))
             self.page.forget()
 
     def send_now(self, frame: bytes, patience: float) -> bool:
@@ -192,7 +192,7 @@ class Worker:
             return False
         try:
             if self.page.waiting:
-                self._unsent += self.page.pack(self._pid, self._peak)
+                self._unsent += self.page.pack(self._peak)
                 self.page.forget()
             if data := self._unsent + frame:
                 self._unsent = data[self.data.send(data, socket.MSG_DONTWAIT) :]

@@ -17,7 +17,7 @@ def page() -> Page:
 
 
 def _sent(page: Page) -> Frame:
-    (frame,) = FrameReader("a worker").feed(page.pack(41, 2048.0))
+    (frame,) = FrameReader("a worker").feed(page.pack(2048.0))
     page.forget()
     return frame
 
@@ -28,7 +28,7 @@ def test_it_tells_what_runs(page: Page) -> None:
     assert page.running() == (5, 12.5)
     page.end()
     assert page.running()[0] == 0
-    assert (page.worker, page.started()) == (7, [5])
+    assert (page.worker, page.pid, page.started()) == (7, os.getpid(), [5])
 
 
 def test_it_remembers_the_jobs_that_were_started_last(page: Page) -> None:
@@ -41,7 +41,7 @@ def test_results_travel_together_in_order(page: Page) -> None:
     assert [page.add(job, job % 2, 1.0, 0.25, b"x" * job) for job in (3, 4, 9)] == [1, 2, 3]
     frame = _sent(page)
     assert check(frame, "a worker") == ((3, 4, 9), 0.75)
-    assert who_ran(frame) == (41, 2048.0)
+    assert who_ran(frame) == (os.getpid(), 2048.0)
     assert list(results(frame)) == [Ran(job, job % 2, 1.0, 0.25, b"x" * job) for job in (3, 4, 9)]
     assert not page.waiting
 
@@ -63,7 +63,7 @@ def test_the_dead_leave_what_they_sent_last_and_what_they_did_not_send() -> None
             page.add(10 * batch + job, 0, 0.0, 0.0, b"%d" % job)
         if batch < 3:
             _sent(page)
-    left = [ran.job for frame in reader.left(41) for ran in results(frame)]
+    left = [ran.job for frame in reader.left() for ran in results(frame)]
     assert sorted(left) == [20, 21, 22, 30, 31, 32]
 
 
