@@ -4,7 +4,7 @@ MPWorkerError
 ├── ConfigurationError          a setting is wrong; the message names it and says what to do
 ├── BootError                   a child process could not get ready (also a ``BrokenExecutor``)
 ├── PoolFull                    ``max_pending`` is reached, and the pool shall not wait (also a ``queue.Full``)
-├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError``)
+├── PayloadError                something cannot be pickled or unpickled (also a ``TypeError`` and a ``PicklingError``)
 ├── RemoteError                 an error from a child that cannot be rebuilt here; tells its type and text
 ├── UnheardError                a classic model failed that has no ``error_callback``
 ├── ProtocolError               a peer sent bytes that are no frame
@@ -20,8 +20,11 @@ MPWorkerError
 from __future__ import annotations
 
 import signal as _signal
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, CancelledError
+from pickle import PicklingError
 from queue import Full
+from typing import Any
 
 
 class MPWorkerError(Exception):
@@ -40,7 +43,7 @@ class PoolFull(MPWorkerError, Full):
     """So many tasks are unfinished as ``max_pending`` allows, and the pool shall not wait. Nothing was sent."""
 
 
-class PayloadError(MPWorkerError, TypeError):
+class PayloadError(MPWorkerError, TypeError, PicklingError):
     """A function, an argument or a result cannot be pickled, or not unpickled at the other end."""
 
 
@@ -65,7 +68,15 @@ class UnheardError(MPWorkerError):
 
 
 class ProtocolError(MPWorkerError):
-    """Bytes on a pipe that are no frame. The message names the peer."""
+    """Bytes on a pipe that are no frame. The message names the peer.
+
+    Args:
+        before: the frames that came in front of those bytes; they count.
+    """
+
+    def __init__(self, text: str = "", before: Sequence[Any] = ()) -> None:
+        super().__init__(text)
+        self.before = before
 
 
 class StoreError(MPWorkerError, OSError):

@@ -322,6 +322,11 @@ def meet(here: Signpost, go: Signpost) -> int:
     return os.getpid()
 
 
+def meet_and_fail(here: Signpost, go: Signpost, kind: type[BaseException]) -> NoReturn:
+    meet(here, go)
+    raise kind("as asked")
+
+
 def note(path: Path, label: object, value: object) -> None:
     """A callback: one line with its process, its label and what it was called with."""
     append(path, f"{os.getpid()} {label} {type(value).__name__} {value!r}")

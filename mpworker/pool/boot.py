@@ -94,7 +94,8 @@ def _preparation(import_main: bool) -> dict[str, Any]:
     if import_main:
         main = sys.modules["__main__"]
         name = getattr(getattr(main, "__spec__", None), "name", None)
-        path_of_main = getattr(main, "__file__", None)
+        # Once the script has run to its end, and only a thread or an exit hook of it goes on, its loader alone knows.
+        path_of_main = getattr(main, "__file__", None) or getattr(getattr(main, "__loader__", None), "path", None)
         if name is not None:
             data["init_main_from_name"] = name
         elif path_of_main is not None and os.path.exists(path_of_main):  # not that of a script read from stdin

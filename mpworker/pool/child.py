@@ -18,6 +18,7 @@ from mpworker.pool import boot as booting
 from mpworker.pool import linux, worker
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
+from mpworker.pool.page import Page
 from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.worker import EX_UNREADY, Worker
@@ -26,12 +27,12 @@ _RESET = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGTTIN", "SIGTTOU", "SIGUSR2", "SIGC
 
 
 def become_worker(
-    data: int, control: int, slot: int, lane: int, boot: booting.Boot, dispatcher: int, *, prepared: bool
+    data: int, control: int, page: int, slot: int, lane: int, boot: booting.Boot, dispatcher: int, *, prepared: bool
 ) -> NoReturn:
     """Turns this process into a worker; never returns.
 
     Args:
-        data, control: descriptors of the two lines.
+        data, control, page: descriptors of the two lines and of the page.
         slot: its number in the pool, inherited by its replacement.
         dispatcher: pid of the process whose child this is.
         prepared: the application is loaded already.
@@ -50,7 +51,8 @@ def become_worker(
         _look_like_a_child(role.replace(" ", "-"))
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
-        worker.this_worker = Worker(socket.socket(fileno=data), socket.socket(fileno=control), Lane(lane), slot)
+        lines = socket.socket(fileno=data), socket.socket(fileno=control)
+        worker.this_worker = Worker(*lines, Page(page, mine=True), Lane(lane), slot)
         worker.this_worker.serve(boot, prepared)
         code = 0
     except SystemExit as exc:
@@ -87,7 +89,7 @@ def _look_like_a_child(name: str) -> None:
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
 
 
-def main(data: str, control: str, slot: str, lane: str, dispatcher: str, *_: str) -> None:
+def main(data: str, control: str, page: str, slot: str, lane: str, dispatcher: str, *_: str) -> None:
     """Entry of a worker in a fresh interpreter: the first frame on its line is BOOT."""
     line = socket.socket(fileno=int(data))
     reader = FrameReader("the dispatcher")
@@ -98,4 +100,5 @@ def main(data: str, control: str, slot: str, lane: str, dispatcher: str, *_: str
             raise SystemExit(EX_UNREADY)
         frames = reader.feed(received)
     boot = booting.load(frames[0].body)
-    become_worker(line.detach(), int(control), int(slot), int(lane), boot, int(dispatcher), prepared=False)
+    fds = line.detach(), int(control), int(page)
+    become_worker(*fds, int(slot), int(lane), boot, int(dispatcher), prepared=False)

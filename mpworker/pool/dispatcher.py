@@ -26,7 +26,8 @@ from typing import Any
 from mpworker.errors import ProtocolError
 from mpworker.pool import facts as f
 from mpworker.pool import linux
-from mpworker.pool.facts import Job, Lane
+from mpworker.pool import page as pages
+from mpworker.pool.facts import Job, Lane, Span, open_span
 from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, pack_start, receive
 from mpworker.pool.ledger import Ledger
@@ -50,6 +51,7 @@ _REST = 0.0005
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
 _STARTED, _DONE, _READY, _SUBMIT, _JOB = Kind.STARTED, Kind.DONE, Kind.READY, Kind.SUBMIT, Kind.JOB
+_BUNDLE, _RESULTS = Kind.BUNDLE, Kind.RESULTS
 _LANES = {int(lane): lane for lane in Lane}
 #: More workers than this are a number gone wrong.
 _MOST_WORKERS = 1 << 16
@@ -101,6 +103,7 @@ class Dispatcher:
         self._actions: dict[type, Callable[[Any], None]] = {
             f.Spawn: self._spawn,
             f.Assign: self._assign,
+            f.Look: self._look,
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
@@ -274,18 +277,31 @@ class Dispatcher:
             return
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
         self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}")
+        self._parent.put_fd(crew.page_fd)
+        self._show_workers()
 
     def _boot_frame(self) -> bytes:
         return encode(Kind.BOOT, flag=1, body=self._boot.body)
 
     def _assign(self, action: f.Assign) -> None:
         job = action.job
-        if action.worker in self._wires:
+        if action.worker in self._wires and type(job) is Span:
+            frame = Frame(_BUNDLE, job.first, BATCHED, job.soft, job.hard, job.lengths.tobytes(), job.body)
+            self._wires[action.worker][1].put(frame)
+            self._touched.add(action.worker)
+        elif action.worker in self._wires and type(job) is Job:
             flag = job.flag | (BATCHED if action.batched else 0)
             frame = Frame(_JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
             self._batching |= action.batched
+
+    def _look(self, action: f.Look) -> None:
+        crew = self._fleet.crews.get(action.worker)
+        if crew is not None:
+            job, started = crew.page.running()
+            if job:
+                self._apply(f.JobStarted(crew.worker, job, started))
 
     def _dismiss(self, action: f.Dismiss) -> None:
         if action.worker in self._wires:
@@ -332,11 +348,11 @@ class Dispatcher:
         events: list[Any] = []
         worker = crew.worker
         began, at = -1, 0.0  # the job whose start was the last word
-        fault: ProtocolError | None = None
+        broken: ProtocolError | None = None
         try:
             frames = reader.feed(data)
-        except ProtocolError as exc:
-            frames, fault = reader.sound, exc
+        except ProtocolError as exc:  # a job whose start came with it must not start again elsewhere
+            frames, broken = list(exc.before), exc
         try:
             for frame in frames:
                 kind, job, flag, a, b, _, body = frame
@@ -344,6 +360,8 @@ class Dispatcher:
                     events[-1] = f.JobRan(worker, job, at, flag, body, a, b)
                 elif kind is _DONE:
                     events.append(f.JobDone(worker, job, flag, body, a, b))
+                elif kind is _RESULTS:
+                    events.append(f.JobsRan(worker, *pages.check(frame, reader.peer), frame))
                 elif kind is _STARTED:
                     events.append(f.JobStarted(worker, job, a))
                 elif kind is not Kind.HELLO:
@@ -353,8 +371,8 @@ class Dispatcher:
                 began, at = (job, a) if kind is _STARTED else (-1, 0.0)
                 if kind is _READY:
                     self._show_workers()
-            if fault is not None:
-                raise fault
+            if broken is not None:
+                raise broken
         finally:
             self._apply(*events)
 
@@ -374,6 +392,7 @@ class Dispatcher:
             crew, wire, _, _ = entry
             if wire.open:
                 self._hear_out(worker, crew)
+            self._read_page(crew)
             wire.close()
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
@@ -389,13 +408,25 @@ class Dispatcher:
                 self.log(logging.WARNING, f"{exc}, with its last breath")
                 return
 
+    def _read_page(self, crew: Crew) -> None:
+        """What a dead worker had no time to send."""
+        events: list[Any] = []
+        with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
+            for frame in crew.page.left():
+                events.append(f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame))
+        job, started = crew.page.running()
+        if job:
+            events.append(f.JobStarted(crew.worker, job, started))
+        self._apply(*events)
+
     def _show_workers(self) -> None:
         crews = [
             {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
             for crew in self._fleet.crews.values()
             if crew.pid
         ]
-        self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
+        everything = {"workers": crews, "pages": list(self._fleet.crews)}
+        self._parent.put(Frame(Kind.WORKERS, body=json.dumps(everything).encode()))
 
 
 def _asked(frame: Frame) -> Any:
@@ -403,6 +434,8 @@ def _asked(frame: Frame) -> Any:
     kind, job, flag, a, b, extra, body = frame
     if kind is _SUBMIT and flag >> 4 in _LANES:
         return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
+    if kind is _BUNDLE:
+        return f.BundleSubmitted(open_span(frame, "the parent"))
     if kind is Kind.CANCEL:
         return f.Cancelled(job, flag, a)
     if kind is Kind.RESIZE and job <= _MOST_WORKERS:

@@ -18,7 +18,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mpworker.errors import ConfigurationError, PoolFull
+from mpworker.errors import ConfigurationError, PayloadError, PoolFull
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
 from mpworker.pool.coroutines import settle
@@ -31,6 +31,7 @@ from mpworker.settings import START_METHODS
 
 if TYPE_CHECKING:
     import asyncio
+    from types import TracebackType
 
 T = TypeVar("T")
 #: What a chunk of ``map`` returns: results, the packed error of the item behind them (or nothing).
@@ -114,8 +115,18 @@ class ProcessPool(Executor):
     # -- tasks ---------------------------------------------------------------------------------------------------
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture[T]:
-        """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise."""
-        return self.schedule(fn, args, kwargs)
+        """Runs ``fn(*args, **kwargs)`` in a worker, under the pool's own limits. As :meth:`schedule` otherwise.
+
+        But a call that cannot be pickled fails its future, as with every other executor.
+        """
+        try:
+            body = pack_call(fn, args, kwargs)
+        except PayloadError as exc:
+            core = self._started()
+            future: TaskFuture[T] = TaskFuture(core, core.handle.next_id())
+            future.settle(False, exc)
+            return future
+        return self._send(body, self._soft_timeout, self._timeout, b"", "")
 
     def schedule(
         self,
@@ -292,8 +303,9 @@ class ProcessPool(Executor):
             if self._core is None:
                 handle = handles.make(self._options, initializer=self._initializer, slot_env=self._slot_env)
                 handle.start()
-                core = self._core = Results(handle, self._max_pending)
+                core = Results(handle, self._max_pending)
                 core.start()
+                self._core = core
                 weakref.finalize(self, core.close).atexit = False
             return self._core
 
@@ -320,6 +332,15 @@ class ProcessPool(Executor):
         core.close()
         if wait and threading.current_thread() is not core.thread:
             core.thread.join()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        """As :meth:`shutdown`; but after Ctrl-C what is not finished is cancelled."""
+        core = self._core
+        if core is not None and exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            core.cancel_all()
+        self.shutdown()
 
     def stats(self) -> dict[str, Any]:
         """What the pool has done and is doing.

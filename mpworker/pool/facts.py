@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
-from mpworker.pool.frames import Frame
+from mpworker.errors import ProtocolError
+from mpworker.pool.frames import Frame, Kind, encode
 from mpworker.states import JobState, WorkerState
 
 
@@ -21,6 +23,7 @@ class Lane(IntEnum):
     HOOKS = 1
 
 
+@final
 @dataclass(slots=True, eq=False)
 class Job:
     """One piece of work. ``soft`` and ``hard`` are seconds, 0 for none; times are ``time.monotonic()``."""
@@ -48,6 +51,67 @@ class Job:
     recalled: bool = False
 
 
+@final
+@dataclass(slots=True, eq=False)
+class Span:
+    """Small jobs with consecutive numbers and the same limits, treated as one until something happens to one of them.
+
+    ``body`` holds their calls one after another, ``lengths`` the bytes of each.
+    """
+
+    first: int
+    soft: float
+    hard: float
+    lengths: array[int]
+    body: bytes
+    worker: Worker | None = None
+    #: taken apart: these have taken its place
+    jobs: list[Job] | None = None
+
+    @property
+    def ids(self) -> range:
+        return range(self.first, self.first + len(self.lengths))
+
+    def take(self, count: int) -> Span:
+        """Splits the first ones off."""
+        lengths = self.lengths[:count]
+        size = sum(lengths)
+        taken = Span(self.first, self.soft, self.hard, lengths, self.body[:size])
+        self.first += count
+        self.lengths, self.body = self.lengths[count:], self.body[size:]
+        return taken
+
+    def apart(self) -> list[Job]:
+        """The same as single jobs."""
+        self.jobs, end = [], 0
+        for job, length in zip(self.ids, self.lengths, strict=True):
+            start, end = end, end + length
+            self.jobs.append(Job(job, Lane.TASKS, 0, self.soft, self.hard, b"", self.body[start:end]))
+        return self.jobs
+
+
+def pack_span(first: int, soft: float, hard: float, calls: list[bytes]) -> bytes:
+    """The BUNDLE frame of packed calls."""
+    return encode(Kind.BUNDLE, first, 0, soft, hard, array("I", map(len, calls)).tobytes(), b"".join(calls))
+
+
+def open_span(frame: Frame, peer: str) -> Span:
+    """What a BUNDLE frame says.
+
+    Raises:
+        ProtocolError: it is damaged.
+    """
+    _, job, _, soft, hard, extra, body = frame
+    lengths = array("I")
+    try:
+        lengths.frombytes(extra)
+    except ValueError:
+        lengths = array("I")
+    if not lengths or sum(lengths) != len(body):
+        raise ProtocolError(f"{peer} sent a damaged bundle of jobs")
+    return Span(job, soft, hard, lengths, body)
+
+
 class Progress(NamedTuple):
     """What a task has last said of itself, by :func:`mpworker.progress`."""
 
@@ -68,11 +132,15 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     pid: int = 0
     #: given to it and not finished, in order
-    jobs: deque[Job] = field(default_factory=deque)
+    jobs: deque[Job | Span] = field(default_factory=deque)
+    #: how many these are
+    load: int = 0
     running: Job | None = None
     done: int = 0
     #: it handed jobs back: give it no more than one until its job is done
     hold: bool = False
+    #: its page has been looked at since it was given a bundle
+    looked: bool = True
     #: this pool sent it a signal
     killed: bool = False
     #: the second rung of the kill ladder has been reached
@@ -92,6 +160,10 @@ class Begun(NamedTuple):
 
 class Submitted(NamedTuple):
     job: Job
+
+
+class BundleSubmitted(NamedTuple):
+    span: Span
 
 
 class Cancelled(NamedTuple):
@@ -194,6 +266,17 @@ class JobRan(NamedTuple):
     max_rss: float
 
 
+class JobsRan(NamedTuple):
+    """Several jobs of a bundle have started and ended, one after the other."""
+
+    worker: int
+    jobs: tuple[int, ...]
+    #: of all together, in seconds
+    runtime: float
+    #: RESULTS, for the parent
+    frame: Frame
+
+
 class JobReturned(NamedTuple):
     worker: int
     job: int
@@ -230,9 +313,15 @@ class Spawn(NamedTuple):
 
 class Assign(NamedTuple):
     worker: int
-    job: Job
+    job: Job | Span
     #: others may follow before it is done
     batched: bool
+
+
+class Look(NamedTuple):
+    """It has jobs of a bundle and is silent: see in its page whether one runs."""
+
+    worker: int
 
 
 class Dismiss(NamedTuple):
@@ -266,4 +355,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Assign | Dismiss | Signal | Kill | Tell | Finish
+Action = Spawn | Assign | Look | Dismiss | Signal | Kill | Tell | Finish

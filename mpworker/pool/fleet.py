@@ -28,6 +28,7 @@ from mpworker.pool import linux
 from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
+from mpworker.pool.page import Page, create
 from mpworker.pool.title import PADDING
 
 #: Seconds that killed processes get to disappear.
@@ -160,17 +161,26 @@ class Exit(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Crew:
-    """The dispatcher's ends of the two lines to one child: ``data`` for frames, ``control`` for its watchdog."""
+    """The dispatcher's ends of the lines to one child: ``data`` for frames, ``control`` for its watchdog."""
 
     worker: int
     slot: int
     lane: Lane
     data: socket.socket
     control: socket.socket
+    page: Page
+    #: the page, for whoever else shall see it
+    page_fd: int
     pid: int = 0
     #: when it was asked for, by ``time.monotonic()``
     asked: float = 0.0
     popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def close(self) -> None:
+        self.data.close()
+        self.control.close()
+        self.page.close()
+        os.close(self.page_fd)
 
 
 class Fleet:
@@ -245,10 +255,12 @@ class Fleet:
         Raises:
             OSError: no process or descriptor can be had. Nothing is left behind.
         """
+        their_page = create()
+        page = Page(os.dup(their_page), worker=worker)
         data, their_data = socket.socketpair()
         control, their_control = socket.socketpair()
-        crew = Crew(worker, slot, lane, data, control, asked=time.monotonic())
-        fds = [their_data.fileno(), their_control.fileno()]
+        crew = Crew(worker, slot, lane, data, control, page, os.dup(their_page), asked=time.monotonic())
+        fds = [their_data.fileno(), their_control.fileno(), their_page]
         try:
             if self.template is not None:
                 request = encode(Kind.FORK, worker, int(lane), float(slot))
@@ -258,10 +270,10 @@ class Fleet:
                 crew.popen = self._popen(command("child", *arguments), fds)
                 self.registered(crew, crew.popen.pid)
         except OSError:
-            data.close()
-            control.close()
+            crew.close()
             raise
         finally:
+            os.close(their_page)
             their_data.close()
             their_control.close()
         if crew.popen is not None:
@@ -336,8 +348,7 @@ class Fleet:
         """Closes the lines to a worker that is gone."""
         crew = self.crews.pop(worker, None)
         if crew is not None:
-            crew.data.close()
-            crew.control.close()
+            crew.close()
 
     def end_all(self) -> None:
         """SIGKILL to everything that is ours, strays included; returns when all of it is reaped, or after 2 s."""

@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from socket import socket
+from socket import recv_fds, socket
 from typing import NamedTuple
 from zlib import crc32
 
@@ -44,6 +44,9 @@ class Kind(IntEnum):
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     STOP = 7  # end now
+    BUNDLE = (
+        8  # job: the first of several, a: soft limit, b: hard limit, extra: lengths, body: calls; goes to a worker, too
+    )
     # dispatcher → worker
     JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
@@ -62,6 +65,7 @@ class Kind(IntEnum):
         34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome; extra: its start, if untold
     )
     RETURNED = 35  # job: one that was not started
+    RESULTS = 37  # of several jobs: see mpworker.pool.page
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
@@ -131,14 +135,13 @@ class FrameReader:
         self.peer = peer
         self._pieces: list[bytes] = []  # of a frame that is not complete
         self._have, self._need = 0, HEADER_SIZE
-        #: the frames that had arrived, with the same bytes, before those that are none
-        self.sound: list[Frame] = []
 
     def feed(self, data: bytes) -> list[Frame]:
         """Takes the next bytes and returns the frames they complete.
 
         Raises:
-            ProtocolError: the bytes are no frame. The stream cannot be read any further.
+            ProtocolError: the bytes are no frame. The stream cannot be read any further. The error
+                has the frames that came before them.
         """
         if self._have:
             self._pieces.append(data)
@@ -153,9 +156,8 @@ class FrameReader:
             magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
             if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
-                self.sound = frames
                 self._pieces, self._have, self._need = [data[position:]], size - position, 0  # it stays broken
-                raise ProtocolError(f"{self.peer} sent bytes that are no frame")
+                raise ProtocolError(f"{self.peer} sent bytes that are no frame", frames)
             middle = start + extra
             end = middle + body
             if end > size:
@@ -237,6 +239,17 @@ class Outbox:
             batch.append(piece)
             size += len(piece)
         return b"".join(batch)
+
+
+def receive_fds(sock: socket) -> tuple[bytes | None, list[int]]:
+    """As :func:`receive`, with the descriptors that came along."""
+    try:
+        data, fds, _, _ = recv_fds(sock, CHUNK, 256)
+        return data, fds
+    except (BlockingIOError, InterruptedError):
+        return None, []
+    except ConnectionError:
+        return b"", []
 
 
 def receive(sock: socket) -> bytes | None:

@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
@@ -24,13 +25,14 @@ from mpworker.pool.callbacks import log_hook_failure
 from mpworker.pool.facts import Progress
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle
+from mpworker.pool.page import results
 from mpworker.pool.parcel import open_outcome
 
 logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
 COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
 #: Submissions that may wait for company while others are unfinished.
-_COMPANY = 32
+_COMPANY = 64
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 #: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
 _gate = threading.RLock()
@@ -82,12 +84,22 @@ class TaskFuture(Future[T]):
             # The base class refuses to cancel what runs; here it can be ended.
             self._state = "CANCELLED"
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._invoke_callbacks()
         self.set_running_or_notify_cancel()
         if self._core.owner == os.getpid():  # not in a fork, whose future this is not
             self._core.handle.cancel(self.job, signal.SIGTERM)
             self._core.wake()
         return True
+
+    def _invoke_callbacks(self) -> None:
+        # The base class lets SystemExit through, which result() raises again in a callback if the task has raised it.
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException as exc:
+                if not isinstance(exc, Exception) and threading.current_thread() is not self._core.thread:
+                    raise
+                logger.exception("a callback of %r has failed", self)
 
     def begin(self) -> None:
         """The task runs, unless the future has been cancelled meanwhile."""
@@ -129,10 +141,11 @@ class Results:
         self.names: dict[int, str] = {}
         self.counts = dict.fromkeys(COUNTS, 0)
         self.running: set[int] = set()
-        self.broken: BootError | None = None
+        self.broken: RuntimeError | None = None
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
+        self._few = 2 * handle.options.size
         self._calling = False  # it may be in a callback, which may take long
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -140,14 +153,20 @@ class Results:
 
     def start(self) -> None:
         """Starts the thread; from here on the interpreter waits for this pool's work before it exits."""
+        try:
+            self.thread.start()
+        except BaseException:  # the system, or an interpreter that is about to end, refuses
+            self.handle.kill()
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            raise
         if not _live:
             atexit.register(_end_live_pools)
         _live.add(self)
-        self.thread.start()
 
     def send(self) -> None:
         """Sends what has been submitted: at once while little is unfinished, else together with what follows."""
-        if self._calling or self.handle.pending <= _COMPANY or self.handle.waiting >= _COMPANY:
+        if self._calling or self.handle.pending <= self._few or self.handle.waiting >= _COMPANY:
             self.handle.flush()
         self.wake()
 
@@ -157,6 +176,11 @@ class Results:
             self._asleep = False
             with contextlib.suppress(OSError):
                 os.write(self._wake_writer, b"!")
+
+    def cancel_all(self) -> None:
+        """Cancels what is not finished, also what runs."""
+        for future in list(self.futures.values()):
+            future.cancel()
 
     def close(self) -> None:
         """Nothing more will be submitted; the thread ends when all is done."""
@@ -175,7 +199,7 @@ class Results:
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
             self.handle.kill()
         finally:
-            self.broken = self.broken or BootError("the pool has been shut down")
+            self.broken = self.broken or RuntimeError("cannot schedule new futures: the pool has been shut down")
             self.ended = True
             self.fail_all()
             os.close(self._wake_reader)
@@ -201,6 +225,8 @@ class Results:
             self.running.add(frame.job)
             if (future := self.futures.get(frame.job)) is not None:
                 future.begin()
+        elif kind is Kind.RESULTS:
+            self._on_results(frame)
         elif kind is Kind.DONE or kind is Kind.ENDED:
             self._on_end(frame)
         elif kind is Kind.PROGRESS:
@@ -225,10 +251,34 @@ class Results:
             self.slots.release()
         future = self.futures.pop(frame.job, None)
         if future is not None and not future.settle_unwatched(succeeded, value):
-            self._calling = True
-            self.handle.flush()
-            future.settle(succeeded, value)
-            self._calling = False
+            self._settle(future, succeeded, value)
+
+    def _on_results(self, frame: Frame) -> None:
+        ended: list[tuple[TaskFuture[Any] | None, bool, Any]] = []
+        for job, flag, _, _, body in results(frame):
+            if self.handle.took(job):
+                self.running.discard(job)
+                ended.append((self.futures.pop(job, None), *open_outcome(flag, body)))
+        done = sum(succeeded for _, succeeded, _ in ended)
+        self.counts["done"] += done
+        self.counts["failed"] += len(ended) - done
+        if self.slots is not None and ended:
+            self.slots.release(len(ended))
+        watched = []
+        with _gate:
+            for entry in ended:
+                future, succeeded, value = entry
+                if future is not None and not future.settle_unwatched(succeeded, value):
+                    watched.append(entry)
+        for future, succeeded, value in watched:
+            assert future is not None
+            self._settle(future, succeeded, value)
+
+    def _settle(self, future: TaskFuture[Any], succeeded: bool, value: Any) -> None:
+        self._calling = True  # callbacks of the future run here
+        self.handle.flush()
+        future.settle(succeeded, value)
+        self._calling = False
 
     def _on_hook_ended(self, frame: Frame) -> None:
         if self.slots is not None and frame.job in self.names:
@@ -254,9 +304,22 @@ class Results:
 
 
 def _end_live_pools() -> None:
-    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does."""
+    """At interpreter exit: pending work is finished first, as ``concurrent.futures`` does; but not after Ctrl-C."""
     cores = [core for core in _live if core.owner == os.getpid() and core.thread.is_alive()]
-    for core in cores:
-        core.close()
-    for core in cores:
-        core.thread.join()
+    try:
+        for core in cores:
+            core.close()
+        if _interrupted():
+            raise KeyboardInterrupt
+        for core in cores:
+            core.thread.join()
+    except KeyboardInterrupt:
+        for core in cores:
+            core.cancel_all()
+        for core in cores:
+            core.thread.join()
+
+
+def _interrupted() -> bool:
+    """Whether the interpreter ends because of Ctrl-C, and not of the end of a session in which that was used before."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")

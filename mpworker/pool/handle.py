@@ -18,15 +18,28 @@ import struct
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
-from mpworker.pool import fleet
-from mpworker.pool.facts import Lane
-from mpworker.pool.frames import LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, header, receive, unpack_start
+from mpworker.pool import fleet, linux
+from mpworker.pool.facts import Lane, pack_span
+from mpworker.pool.frames import (
+    LONGEST_WAIT,
+    Frame,
+    FrameReader,
+    Kind,
+    Outbox,
+    encode,
+    header,
+    pack_start,
+    receive_fds,
+    unpack_start,
+)
+from mpworker.pool.page import Page, results, who_ran
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -42,9 +55,18 @@ _START_TRIES = 10
 _START_PAUSE = 0.5
 #: Seconds that a dispatcher gets to end everything.
 _KILL_TIMEOUT = 4.0
+#: Seconds that its workers may take to end after it was killed.
+_LAST_BREATH = 0.5
+#: What bytes or words without a sense raise.
+_SENSELESS = (ProtocolError, ValueError, LookupError, TypeError, OverflowError, struct.error)
 #: Reads per :meth:`Handle.drain`, so that one busy pool does not take over an event loop.
 _READS_PER_DRAIN = 8
 _JOIN_BELOW = 1 << 16
+#: Jobs that travel in one bundle, and the bytes of a call that may.
+_BUNDLE = 256
+_SMALL = 2048
+#: A small job without callbacks: its call, soft and hard limit.
+_Plain = tuple[bytes, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +112,8 @@ class Handle:
         self.ready = False
         self._boot = boot
         self._ids = itertools.count(1)
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _Sent | _Plain] = {}
+        self._loose: deque[tuple[int, bytes, float, float]] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
         self._outbox = Outbox()
@@ -98,6 +121,8 @@ class Handle:
         #: what is noted here and what is put into the outbox change together
         self._mutex = threading.RLock()
         self._reader = FrameReader("the dispatcher")
+        self._pages: dict[int, Page] = {}  # by worker
+        self._listed: set[int] = set()
         self._process: Any = None
         self._line: socket.socket | None = None
         self._closing: Kind | None = None
@@ -113,6 +138,7 @@ class Handle:
         self._process, self._line = fleet.launch_forked() if forked else fleet.launch()
         self._reader = FrameReader("the dispatcher")
         self._outbox = Outbox()
+        self._loose.clear()
         self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(), body=self._boot))
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
@@ -178,11 +204,17 @@ class Handle:
             body: from :func:`mpworker.pool.parcel.pack_call`.
             soft, hard: limits in seconds, 0 for none.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
-            held: the caller will call :meth:`flush`.
+            held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
+        if held and not hooks and len(body) < _SMALL:
+            with self._mutex:
+                self._sent[job] = body, soft, hard
+                self._loose.append((job, body, soft, hard))
+            return
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
         with self._mutex:
             self._sent[job] = _Sent(pieces, hooks)
+            self._gather()
             self._outbox.put(*pieces)
         if not held:
             self.flush()
@@ -210,21 +242,43 @@ class Handle:
         self._send(encode(Kind.RESIZE, size))
 
     def _send(self, *pieces: bytes) -> None:
+        self._gather()
         self._outbox.put(*pieces)
         self.flush()
+
+    def _gather(self) -> None:
+        """Puts what is loose into the outbox. A signal handler may submit, and do the same, in the middle of it."""
+        loose = self._loose
+        while loose:
+            with self._mutex, contextlib.suppress(IndexError):
+                job, body, soft, hard = loose.popleft()
+                calls = [body]
+                try:
+                    while (
+                        len(calls) < _BUNDLE
+                        and (after := loose[0])[0] == job + len(calls)
+                        and after[2:] == (soft, hard)
+                    ):
+                        calls.append(loose.popleft()[1])
+                finally:
+                    if len(calls) > 1:
+                        self._outbox.put(pack_span(job, soft, hard, calls))
+                    else:
+                        self._outbox.put(*_submission(job, Lane.TASKS, 0, soft, hard, b"", body))
 
     @property
     def waiting(self) -> int:
         """Pieces that have not been sent."""
-        return len(self._outbox)
+        return len(self._outbox) + len(self._loose)
 
     @property
     def wants_write(self) -> bool:
         """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
-        return bool(self._outbox)
+        return bool(self._outbox or self._loose)
 
     def flush(self) -> bool:
         """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit."""
+        self._gather()
         while self._outbox:
             if not self._flushing.acquire(blocking=False):
                 return False  # whoever is at it will see what we appended
@@ -252,16 +306,26 @@ class Handle:
         """
         for _ in range(_READS_PER_DRAIN):
             line = self._line
-            data = receive(line) if line is not None else None
+            data, fds = receive_fds(line) if line is not None else (None, [])
+            for fd in fds:
+                with contextlib.suppress(OSError, ProtocolError):
+                    page = Page(fd)
+                    self._pages[page.worker] = page
             if data is None:
                 return
             fault: ProtocolError | None = None
             try:
                 frames = self._reader.feed(data)
             except ProtocolError as exc:  # what came before counts
-                frames, fault = self._reader.sound, exc
+                frames, fault = list(exc.before), exc
             try:
                 for frame in frames:
+                    if frame.kind is Kind.RESULTS and not starts:
+                        yield frame
+                        continue
+                    if frame.kind is Kind.RESULTS:
+                        yield from self._one_by_one(frame)
+                        continue
                     start = unpack_start(frame) if starts and frame.kind is Kind.DONE else None
                     if self._note(frame):
                         if start is not None:
@@ -269,7 +333,7 @@ class Handle:
                         yield frame
                 if fault is not None:
                     raise fault
-            except (ProtocolError, ValueError, OverflowError, struct.error) as exc:  # bytes or words without a sense
+            except _SENSELESS as exc:
                 logger.critical("the dispatcher cannot be understood (%s); it is replaced", exc)
                 self._process.kill()
                 data = b""
@@ -277,16 +341,33 @@ class Handle:
                 yield from self._lost_dispatcher()
                 return
 
+    def took(self, job: int) -> bool:
+        """A job of a RESULTS frame is being settled.
+
+        Returns:
+            ``False`` if it has had its end.
+        """
+        return self._sent.pop(job, None) is not None
+
+    def _one_by_one(self, frame: Frame) -> Iterator[Frame]:
+        pid, max_rss = who_ran(frame)
+        for job, flag, started, runtime, body in results(frame):
+            done = Frame(Kind.DONE, job, flag, runtime, max_rss, pack_start(started, pid), body)
+            if self._note(done):
+                yield unpack_start(done) or done
+                yield done
+
     def _note(self, frame: Frame) -> bool:
         kind = frame.kind
         if kind is Kind.STARTED:
             sent = self._sent.get(frame.job)
             if sent is None:
                 return False
-            sent.pieces, sent.pid = None, int(frame.b)
+            hooks = sent.hooks if type(sent) is _Sent else b""
+            self._sent[frame.job] = _Sent(None, hooks, int(frame.b))
         elif kind in (Kind.DONE, Kind.ENDED):
             sent = self._sent.pop(frame.job, None)
-            if sent is not None and sent.hooks:
+            if type(sent) is _Sent and sent.hooks:
                 self._hooked[frame.job] = sent.hooks, frame.flag, frame.body
             return sent is not None
         elif kind is Kind.HOOK_QUEUED:
@@ -299,7 +380,12 @@ class Handle:
         elif kind in (Kind.SOFT, Kind.PROGRESS):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
-            self.workers = list(json.loads(frame.body))
+            told = json.loads(frame.body)
+            listed = set(told["pages"])
+            self.workers = list(told["workers"])
+            self._listed, listed = listed, self._listed
+            for worker in self._pages.keys() & listed - self._listed:  # a page comes before its name
+                self._pages.pop(worker).close()
             if self.workers:
                 self.ready, self._restarts = True, 0
             return False
@@ -318,6 +404,12 @@ class Handle:
         if line is not None:
             line.close()
         code = self._process.wait()
+        if not self.finished:
+            yield from self._read_pages()
+        for page in self._pages.values():
+            page.close()
+        self._pages.clear()
+        self._listed.clear()
         self.workers = []
         if self.finished:
             return
@@ -338,8 +430,13 @@ class Handle:
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
-            for sent in list(self._sent.values()):
-                self._outbox.put(*(sent.pieces or ()))
+            for job, sent in list(self._sent.items()):
+                if type(sent) is tuple:
+                    self._loose.append((job, *sent))
+                else:
+                    self._gather()
+                    self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
+            self._gather()
             for job, call in list(self._hooked.items()):
                 if call is not None:
                     hooks, flag, body = call
@@ -348,6 +445,18 @@ class Handle:
             if self._closing is not None:
                 self._outbox.put(encode(self._closing))
         self.flush()
+
+    def _read_pages(self) -> Iterator[Frame]:
+        """What the dispatcher had no time to tell: results that still wait in a page, and what else has started."""
+        end = time.monotonic() + _LAST_BREATH
+        while any(map(linux.alive, (worker["pid"] for worker in self.workers))) and time.monotonic() < end:
+            time.sleep(0.001)  # they are killed with the dispatcher, but each ends for itself
+        for page in self._pages.values():
+            for frame in page.left():
+                yield from self._one_by_one(frame)
+            for job in page.started():
+                if (sent := self._sent.get(job)) is not None:
+                    self._sent[job] = _Sent(None, sent.hooks if type(sent) is _Sent else b"", page.pid)
 
     def _restart(self) -> bool:
         for _ in range(_START_TRIES):
@@ -370,10 +479,11 @@ class Handle:
                 yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
         taken_back = pack_verdict(JobState.CANCELLED, reason="taken back before it started")
         for job, sent in list(self._sent.items()):
-            if sent.pieces is not None and self._flushed < self._flush_asked:
+            waiting = type(sent) is not _Sent or sent.pieces is not None
+            if waiting and self._flushed < self._flush_asked:
                 del self._sent[job]
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
-            elif sent.pieces is None:
+            elif type(sent) is _Sent and not waiting:
                 del self._sent[job]
                 body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
                 if sent.hooks:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import inf
 
 from mpworker.pool import facts as f
-from mpworker.pool.facts import Action, Job, Lane, Worker
+from mpworker.pool.facts import Action, Job, Lane, Span, Worker
 from mpworker.states import JobState, WorkerState
 
 #: Seconds between SIGTERM and SIGKILL.
@@ -29,8 +29,12 @@ BOOT_BACKOFF = 0.1
 BOOT_BACKOFF_MAX = 5.0
 #: A backlog of tiny jobs is handed out in batches worth about this many seconds …
 BATCH_SECONDS = 0.001
-#: … and of at most this many jobs.
-BATCH_JOBS = 64
+#: … and of at most this many jobs …
+BATCH_JOBS = 256
+#: … of which each costs so many seconds besides its run time.
+JOB_COST = 5e-6
+#: Seconds after which a worker that was given a bundle and is silent is looked at.
+LOOK_AFTER = 0.1
 _BLINK = 2e-5  # seconds: less is not told apart
 _SHORTEST = 1e-7  # seconds that a run time counts at least
 # The members that each task needs: reading one from its enum takes longer than comparing it.
@@ -45,14 +49,24 @@ class LaneBook:
         ready_timeout: seconds a worker may take until it is ready.
         max_tasks: jobs after which a worker is replaced, 0 for never.
         ids: numbers for new workers.
+        jobs: the ledger's, by number; a bundle stands there once for each of its jobs.
         out: where decisions are appended.
     """
 
     def __init__(
-        self, lane: Lane, size: int, ready_timeout: float, max_tasks: int, ids: Iterator[int], out: list[Action]
+        self,
+        lane: Lane,
+        size: int,
+        ready_timeout: float,
+        max_tasks: int,
+        ids: Iterator[int],
+        jobs: dict[int, Job | Span],
+        out: list[Action],
     ) -> None:
         self.lane, self.size = lane, size
-        self.queue: deque[Job] = deque()
+        self.queue: deque[Job | Span] = deque()
+        #: jobs in the queue that still want to run
+        self.waiting = 0
         self.workers: dict[int, Worker] = {}
         self.idle: dict[int, Worker] = {}
         #: give out nothing for now
@@ -62,9 +76,9 @@ class LaneBook:
         #: start only as many workers as the queue needs
         self.draining = False
         self.ever_ready = False
-        self._ready_timeout, self._max_tasks, self._ids, self._out = ready_timeout, max_tasks, ids, out
+        self._ready_timeout, self._max_tasks = ready_timeout, max_tasks
+        self._ids, self._jobs, self._out = ids, jobs, out
         self._mean = 0.0  # running mean of run times in seconds; 0 until one is known
-        self._dead = 0  # entries of the queue whose job has ended
         self._boot_failures = 0
         self._spawn_at = inf
 
@@ -77,54 +91,84 @@ class LaneBook:
 
     def hand_out(self, worker: Worker, now: float) -> None:
         """Gives an available worker what it can hold, or notes that it is idle."""
-        if self.queue and len(worker.jobs) <= BATCH_JOBS // 2:
+        if self.queue and worker.load <= BATCH_JOBS // 2:
             self._hand_batch(worker)
         if not worker.jobs:
             worker.state, worker.deadline = WorkerState.IDLE, inf
             self.idle[worker.id] = worker
         elif worker.running is None:
-            worker.deadline = now + START_GRACE
+            worker.looked = type(worker.jobs[0]) is not Span
+            worker.deadline = now + (START_GRACE if worker.looked else LOOK_AFTER)
 
     def _hand_batch(self, worker: Worker) -> None:
         room = 1 if worker.hold else self._depth()
         if self._max_tasks:
             room = min(room, self._max_tasks - worker.done)
-        if len(worker.jobs) <= room // 2 and not self.paused:
-            while len(worker.jobs) < room and (job := self._next()) is not None:
+        if worker.load <= room // 2 and not self.paused:
+            while worker.load < room and (job := self._next(room - worker.load, room > 1)) is not None:
                 worker.jobs.append(job)
                 worker.state = _BUSY
-                job.state, job.worker = _ASSIGNED, worker
+                job.worker = worker
+                if type(job) is Span:
+                    worker.load += len(job.lengths)
+                else:
+                    worker.load += 1
+                    job.state = _ASSIGNED
                 self._out.append(f.Assign(worker.id, job, room > 1))
 
     def _depth(self) -> int:
         if not self._mean or self.lane is _HOOKS:
             return 1
-        share = len(self.queue) // max(1, len(self.workers))
-        return max(1, min(BATCH_JOBS, int(BATCH_SECONDS / self._mean), share))
+        fit = int(BATCH_SECONDS / (self._mean + JOB_COST))
+        # A fair share of the queue, but for what is done sooner than another worker would be awake.
+        share = max(self.waiting // max(1, len(self.workers)), fit // 5)
+        return max(1, min(BATCH_JOBS, fit, share))
 
-    def _next(self) -> Job | None:
-        while self.queue:
-            job = self.queue.popleft()
-            if job.queued:
+    def _next(self, most: int, bundled: bool) -> Job | Span | None:
+        queue = self.queue
+        while queue:
+            job = queue.popleft()
+            if type(job) is Span:
+                if job.jobs is None and bundled:
+                    if len(job.lengths) > most:
+                        queue.appendleft(job)
+                        job = job.take(most)
+                        self._jobs.update(dict.fromkeys(job.ids, job))
+                    self.waiting -= len(job.lengths)
+                    return job
+                queue.extendleft(reversed(job.jobs or self.apart(job)))
+            elif job.queued:
                 job.queued = False
-                return job
-            self._dead -= 1  # it ended while it waited
+                self.waiting -= 1
+                return job  # else it ended while it waited
         return None
 
-    def put(self, job: Job, *, first: bool = False) -> None:
+    def apart(self, span: Span) -> list[Job]:
+        """Something happens to one of these: from now on they are single jobs."""
+        jobs, worker = span.apart(), span.worker
+        self._jobs.update(zip(span.ids, jobs, strict=True))
+        for job in jobs:
+            if worker is None:
+                job.queued = True
+            else:
+                job.state, job.worker = _ASSIGNED, worker
+        if worker is not None:
+            worker.jobs = deque(j for item in worker.jobs for j in (jobs if item is span else (item,)))
+        return jobs
+
+    def put(self, job: Job | Span, *, first: bool = False) -> None:
         """Queues a job, or puts one back to the front."""
-        job.queued = True
+        if type(job) is Span:
+            self.waiting += len(job.lengths)
+        else:
+            job.queued = True
+            self.waiting += 1
         (self.queue.appendleft if first else self.queue.append)(job)
 
     def drop(self, job: Job) -> None:
         """A job has ended while it waited; it leaves the queue when its turn comes."""
         job.queued = False
-        self._dead += 1
-
-    @property
-    def waiting(self) -> int:
-        """Jobs in the queue that still want to run."""
-        return len(self.queue) - self._dead
+        self.waiting -= 1
 
     def note_runtime(self, seconds: float) -> None:
         """Takes one run time into the running mean; a single one that is far off, such as that of a process which had
@@ -185,9 +229,10 @@ class LaneBook:
         starting = worker.state is WorkerState.STARTING
         worker.state = WorkerState.STOPPING
         self.idle.pop(worker.id, None)
-        for job in worker.jobs:
-            if job is not worker.running:
-                self._out.append(f.Signal(worker.id, job.id, 0))
+        for item in list(worker.jobs):
+            for job in self.apart(item) if type(item) is Span else (item,):
+                if job is not worker.running:
+                    self._out.append(f.Signal(worker.id, job.id, 0))
         if not worker.jobs and not starting:  # one that starts is told when it is ready
             self.dismiss(worker, now)
         elif worker.jobs and worker.running is None:  # it owes us what it has not started

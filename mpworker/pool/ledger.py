@@ -17,9 +17,10 @@ from math import inf
 from typing import Any
 
 from mpworker.pool import facts as f
-from mpworker.pool.facts import Action, Job, Lane, Worker
+from mpworker.pool.facts import Action, Job, Lane, Span, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, START_GRACE, LaneBook
+from mpworker.pool.page import results, who_ran
 from mpworker.pool.parcel import Outcome, pack_verdict
 from mpworker.states import JobState, WorkerState
 
@@ -57,14 +58,14 @@ class Ledger:
     def __init__(
         self, size: int, ready_timeout: float, callback_limit: float, max_tasks: int = 0, max_memory: int = 0
     ) -> None:
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, Job | Span] = {}
         #: answers that came too late
         self.late = 0
         self.begun = self.finished = False
         self._out: list[Action] = []
         ids = itertools.count()
-        self._tasks = LaneBook(Lane.TASKS, size, ready_timeout, max_tasks, ids, self._out)
-        self._hooks = LaneBook(Lane.HOOKS, 0, ready_timeout, 0, ids, self._out)
+        self._tasks = LaneBook(Lane.TASKS, size, ready_timeout, max_tasks, ids, self.jobs, self._out)
+        self._hooks = LaneBook(Lane.HOOKS, 0, ready_timeout, 0, ids, self.jobs, self._out)
         self._books = (self._tasks, self._hooks)
         self._ready_timeout, self._callback_limit, self._max_memory = ready_timeout, callback_limit, max_memory
         self._max_tasks = max_tasks
@@ -77,6 +78,7 @@ class Ledger:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             f.Begun: self._begin,
             f.Submitted: self._submitted,
+            f.BundleSubmitted: self._bundle_submitted,
             f.Cancelled: self._cancelled,
             f.Resized: lambda event, now: self._tasks.resize(event.size, now),
             f.FlushAsked: self._flush_asked,
@@ -92,6 +94,7 @@ class Ledger:
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
             f.JobRan: self._ran,
+            f.JobsRan: self._several_ran,
             f.JobReturned: self._returned,
             f.WorkerFaulty: self._faulty,
             f.WorkerGone: self._gone,
@@ -140,6 +143,19 @@ class Ledger:
             return self._hooks, found
         return None
 
+    def _job(self, number: int) -> Job | None:
+        """A job by its number; the bundle that it travels in is taken apart."""
+        job = self.jobs.get(number)
+        if type(job) is Span:
+            self._tasks.apart(job)
+            job = self.jobs[number]
+        return job  # type: ignore[return-value]
+
+    def _each(self) -> list[Job]:
+        for span in {id(span): span for span in self.jobs.values() if type(span) is Span}.values():
+            self._tasks.apart(span)
+        return list(self.jobs.values())  # type: ignore[arg-type]
+
     # -- what the parent asks ------------------------------------------------------------------------------------
 
     def _begin(self, event: f.Begun, now: float) -> None:
@@ -159,10 +175,19 @@ class Ledger:
         else:
             self._enqueue(job, now)
 
-    def _enqueue(self, job: Job, now: float) -> None:
-        book = self._books[job.lane]
+    def _bundle_submitted(self, event: f.BundleSubmitted, now: float) -> None:
+        span = event.span
+        if self._stopping or not self.jobs.keys().isdisjoint(span.ids):
+            for job in span.apart():
+                self._submitted(f.Submitted(job), now)
+            return
+        self.jobs.update(dict.fromkeys(span.ids, span))
+        self._enqueue(span, now)
+
+    def _enqueue(self, job: Job | Span, now: float) -> None:
+        book = self._tasks if type(job) is Span else self._books[job.lane]
         book.put(job)
-        if not book.size and job.lane is _HOOKS:  # opens on first need
+        if not book.size and book is self._hooks:  # opens on first need
             book.size = 1
         if len(book.workers) < book.size:
             book.balance(now)
@@ -170,7 +195,7 @@ class Ledger:
             book.feed(now)
 
     def _cancelled(self, event: f.Cancelled, now: float) -> None:
-        job = self.jobs.get(event.job)
+        job = self._job(event.job)
         if job is None:
             self.late += 1
             return
@@ -185,7 +210,7 @@ class Ledger:
         self._out.append(f.Signal(job.worker.id, job.id, event.signum))
 
     def _flush_asked(self, event: f.FlushAsked, now: float) -> None:
-        for job in list(self.jobs.values()):
+        for job in self._each():
             if job.lane is not Lane.TASKS:
                 continue
             if job.worker is None:
@@ -224,12 +249,12 @@ class Ledger:
 
     def _stop(self, event: f.Stopping, now: float) -> None:
         self._ending = self._stopping = self._tasks.closed = self._hooks.draining = True
-        for job in list(self.jobs.values()):
+        for job in self._each():
             if job.lane is Lane.TASKS and job.worker is None:
                 self._end(job, JobState.CANCELLED, _STOPPED, now)
-        for worker in list(self._tasks.workers.values()):
-            for job in worker.jobs:
+            elif job.lane is Lane.TASKS:
                 job.verdict = job.verdict or (JobState.CANCELLED, _STOPPED)
+        for worker in list(self._tasks.workers.values()):
             self._end_worker(self._tasks, worker, now)
 
     # -- what workers report -------------------------------------------------------------------------------------
@@ -249,7 +274,7 @@ class Ledger:
             self._log(logging.ERROR, f"a replacement worker did not get ready: {event.why}")
 
     def _started(self, event: f.JobStarted, now: float) -> None:
-        found, job = self._find(event.worker), self.jobs.get(event.job)
+        found, job = self._find(event.worker), self._job(event.job)
         if found is None or job is None or job.worker is not found[1] or job.state is not _ASSIGNED:
             self.late += 1
             return
@@ -271,8 +296,11 @@ class Ledger:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
 
     def _soft(self, event: f.SoftLimitHit, now: float) -> None:
-        if (found := self._running(event)) is not None and found[2].lane is Lane.TASKS:
-            self._tell(Kind.SOFT, event.job, a=event.limit)
+        found, job = self._find(event.worker), self._job(event.job)
+        if found is None or job is None or job.worker is not found[1]:
+            self.late += 1
+        elif job.lane is _TASKS:
+            self._tell(Kind.SOFT, job.id, a=event.limit)
 
     def _progressed(self, event: f.JobProgressed, now: float) -> None:
         if self._running(event) is not None and not self._parent_is_full:  # nobody needs it as much as its memory
@@ -292,7 +320,7 @@ class Ledger:
 
     def _running(self, event: Any) -> tuple[LaneBook, Worker, Job] | None:
         """The worker and the job of an event, if that worker runs that job; else the event is late."""
-        found, job = self._find(event.worker), self.jobs.get(event.job)
+        found, job = self._find(event.worker), self._job(event.job)
         if found is None or job is None or found[1].running is not job:
             self.late += 1
             return None
@@ -304,6 +332,7 @@ class Ledger:
         book, worker, job = found
         call, worker.call, worker.running, worker.hold = worker.call, None, None, False
         worker.jobs.remove(job)
+        worker.load -= 1
         worker.done += 1
         book.note_runtime(event.runtime)
         if job.verdict is not None:
@@ -320,22 +349,58 @@ class Ledger:
             self._go_on(book, worker, now)
 
     def _ran(self, event: f.JobRan, now: float) -> None:
-        worker, job = self._tasks.workers.get(event.worker), self.jobs.get(event.job)
+        worker, job = self._tasks.workers.get(event.worker), self._job(event.job)
         plain = worker is not None and worker.state is _BUSY and worker.running is None and not self._max_tasks
         if not plain or job is None or job.worker is not worker or job.verdict or job.recalled or job.hooks:
+            seen = (worker.running, worker.call) if worker is not None else (None, None)
+            if worker is not None and seen[0] is not job and job is not None and job.worker is worker:
+                worker.running = None
             self._started(f.JobStarted(event.worker, event.job, event.at), now)
             self._done(f.JobDone(event.worker, event.job, *event[3:]), now)
+            if worker is not None and seen[0] not in (None, job):
+                # That one was seen to run before this result, which waited for company, was heard.
+                worker.running, worker.call = seen
+                worker.deadline = worker.deadline if worker.state is _KILLED else inf
             return
         # The same in one go, for the frequent case.
         assert worker is not None
         _, _, at, flag, body, runtime, max_rss = event
         worker.jobs.remove(job)  # it is the first one
+        worker.load -= 1
         worker.done += 1
         self._tasks.note_runtime(runtime)
         job.state = JobState.FAILED if flag == _ERROR else JobState.DONE
         del self.jobs[job.id]
         self._out.append(f.Tell(Frame(_DONE, job.id, flag, runtime, max_rss, pack_start(at, worker.pid), body)))
         if 0 < self._max_memory < max_rss:
+            self._tasks.retire(worker, now)
+        else:
+            self._tasks.hand_out(worker, now)
+
+    def _several_ran(self, event: f.JobsRan, now: float) -> None:
+        worker = self._tasks.workers.get(event.worker)
+        if worker is None or worker.state is not _BUSY or worker.running or not _are_next(event.jobs, worker):
+            _, max_rss = who_ran(event.frame)
+            for job, flag, started, seconds, body in results(event.frame):
+                self._ran(f.JobRan(event.worker, job, started, flag, body, seconds, max_rss), now)
+            return
+        jobs, left = self.jobs, len(event.jobs)
+        worker.load -= left
+        worker.done += left
+        self._tasks.note_runtime(event.runtime / left)
+        for job in event.jobs:
+            del jobs[job]
+        while left:
+            span = worker.jobs[0]
+            assert type(span) is Span
+            if left < len(span.lengths):
+                span.take(left)
+                break
+            left -= len(span.lengths)
+            worker.jobs.popleft()
+        self._out.append(f.Tell(event.frame))
+        worn = self._max_tasks and worker.done >= self._max_tasks
+        if worn or 0 < self._max_memory < who_ran(event.frame)[1]:
             self._tasks.retire(worker, now)
         else:
             self._tasks.hand_out(worker, now)
@@ -347,12 +412,13 @@ class Ledger:
             self._hook(call.job, call.flag, call.hooks, call.body, now)
 
     def _returned(self, event: f.JobReturned, now: float) -> None:
-        found, job = self._find(event.worker), self.jobs.get(event.job)
+        found, job = self._find(event.worker), self._job(event.job)
         if found is None or job is None or job.worker is not found[1] or job.state is not JobState.ASSIGNED:
             self.late += 1
             return
         book, worker = found
         worker.jobs.remove(job)
+        worker.load -= 1
         worker.hold = worker.running is not None
         self._requeue(job, now)
         if not worker.jobs:
@@ -369,8 +435,12 @@ class Ledger:
             elif worker.running is None:  # it owes us what it has not started
                 worker.deadline = now + START_GRACE
 
-    def _requeue(self, job: Job, now: float) -> None:
-        job.worker, job.guard = None, inf
+    def _requeue(self, job: Job | Span, now: float) -> None:
+        job.worker = None
+        if type(job) is Span:
+            self._tasks.put(job, first=True)
+            return
+        job.guard = inf
         if job.verdict is not None:
             self._end(job, *job.verdict, now)
         elif job.recalled:
@@ -421,7 +491,7 @@ class Ledger:
         elif failures == MAX_BOOT_FAILURES:
             self._log(logging.ERROR, f"{manner}; trying on")
         if book is self._hooks and failures >= MAX_BOOT_FAILURES:
-            for job in [job for job in self.jobs.values() if job.queued and job.lane is Lane.HOOKS]:
+            for job in [job for job in self._each() if job.queued and job.lane is Lane.HOOKS]:
                 self._end(job, JobState.LOST, {"why": "the callback process cannot start"}, now)
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -440,8 +510,12 @@ class Ledger:
 
     def _overdue(self, book: LaneBook, worker: Worker, now: float) -> None:
         if worker.state is WorkerState.STARTING and not worker.killed:
-            self._unready(f.WorkerUnready(worker.id, f"not ready within {self._ready_timeout:g} s"), now)
-        if worker.final:  # not even SIGKILL: an uninterruptible wait in the kernel
+            why = worker.fault or f"not ready within {self._ready_timeout:g} s"
+            self._unready(f.WorkerUnready(worker.id, why), now)
+        if not worker.looked and worker.state is _BUSY:
+            worker.looked, worker.deadline = True, now + START_GRACE
+            self._out.append(f.Look(worker.id))
+        elif worker.final:  # not even SIGKILL: an uninterruptible wait in the kernel
             self._gone(f.WorkerGone(worker.id, None, signal.SIGKILL, None), now)
         else:
             book.kill(worker, now)
@@ -521,6 +595,21 @@ class Ledger:
 
     def _log(self, level: int, text: str) -> None:
         self._tell(Kind.LOG, flag=level, body=text.encode())
+
+
+def _are_next(jobs: tuple[int, ...], worker: Worker) -> bool:
+    """Whether these are the next ones, in order, of the bundles that a worker has."""
+    at = 0
+    for span in worker.jobs:
+        if type(span) is not Span:
+            return False
+        part = jobs[at : at + len(span.lengths)]
+        if part != tuple(span.ids[: len(part)]):
+            return False
+        at += len(part)
+        if at == len(jobs):
+            return True
+    return False
 
 
 def _timed_out(job: Job, stack: str = "") -> tuple[JobState, dict[str, Any]]:

@@ -40,6 +40,14 @@ def native_threads() -> int:
         return 1
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs or may run; ``False`` for a zombie, and where the kernel does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
 def children() -> list[int]:
     """The pids of this process' children; empty where the kernel does not tell."""
     try:

@@ -146,7 +146,7 @@ def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
         return Outcome.VALUE, _seal(value)
-    except Exception as exc:
+    except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
         return Outcome.ERROR, pack_error(error)

@@ -51,7 +51,7 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         request, fds = _receive(line)
         if request is None:
             return
-        if request.kind is Kind.FORK and len(fds) == 2:
+        if request.kind is Kind.FORK and len(fds) == 3:
             _fork(line, request, fds, boot, dispatcher, prepared)
 
 
@@ -60,7 +60,7 @@ def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:
     reader, fds, wanted = FrameReader("the dispatcher"), [], HEADER_SIZE
     while True:
         try:
-            data, received, _, _ = socket.recv_fds(line, wanted, 2)
+            data, received, _, _ = socket.recv_fds(line, wanted, 3)
         except ConnectionError:
             data, received = b"", []
         fds += received
@@ -100,6 +100,7 @@ def _be_forked(
         line.close()
         while os.getppid() == middle:
             time.sleep(0.0002)
-        become_worker(fds[0], fds[1], int(request.a), request.flag, boot, dispatcher, prepared=ready)
+        data, control, page = fds
+        become_worker(data, control, page, int(request.a), request.flag, boot, dispatcher, prepared=ready)
     finally:
         os._exit(70)

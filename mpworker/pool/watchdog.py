@@ -20,7 +20,7 @@ from mpworker.errors import ProtocolError
 from mpworker.pool.frames import CHUNK, LONGEST_WAIT, Frame, FrameReader, Kind, encode
 
 if TYPE_CHECKING:
-    from mpworker.pool.worker import Worker
+    from mpworker.pool.worker import Current, Worker
 
 #: Seconds between SIGTERM and SIGKILL.
 _TERM_TO_KILL = 0.1
@@ -37,6 +37,8 @@ class Watchdog(threading.Thread):
 
     #: Seconds after which a job counts as long and those behind it go back to the dispatcher.
     HAND_BACK = 0.002
+    #: … if it is not done so many seconds later.
+    MOMENT = 0.001
 
     def __init__(self, worker: Worker, control: socket.socket) -> None:
         super().__init__(name="mpworker-watchdog", daemon=True)
@@ -93,12 +95,16 @@ class Watchdog(threading.Thread):
                 current.soft_at = inf
                 soft = current.soft
                 worker.interrupt()
-            if current.batched and now >= current.started + self.HAND_BACK:
+            if current.batched and not current.slow and now >= current.started + self.HAND_BACK:
+                current.slow = now  # perhaps the whole process had to wait for a processor: it gets a moment
+            elif current.batched and current.slow and now >= current.slow + self.MOMENT:
                 current.long = self._reading = True
                 try:
                     returned = worker.hand_back()
                 except ProtocolError:  # as at the end of the line: nobody can reach us any more
                     os.killpg(os.getpgrp(), signal.SIGKILL)
+        if stack is not None or soft is not None or current.long:
+            self._announce(current)
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
             self._die()
@@ -108,12 +114,19 @@ class Watchdog(threading.Thread):
         alarm = worker.alarm()
         return alarm if alarm < inf else now + _LINGER
 
+    def _announce(self, current: Current) -> None:
+        """A job of a bundle turns out long: now the dispatcher must know of it, and of those that were done before."""
+        if current.quiet:
+            current.quiet = not self._worker.send_now(encode(Kind.STARTED, current.job, a=current.started), 0.1)
+
     def _listen(self) -> None:
         try:
             received = self._control.recv(CHUNK)
             frames = self._reader.feed(received)
-        except (OSError, ProtocolError):
+        except (ConnectionError, ProtocolError):
             received, frames = b"", []
+        except OSError:  # the task has closed our descriptors; a SIGKILL would read "out of memory?"
+            os._exit(os.EX_SOFTWARE)
         if not received:
             # The dispatcher is gone; whatever this task started goes with us.
             os.killpg(os.getpgrp(), signal.SIGKILL)

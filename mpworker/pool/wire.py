@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
+import os
 import selectors
 import socket
 from collections.abc import Callable
 
 from mpworker.pool.frames import Frame, Outbox
+
+#: Descriptors that one message may carry.
+_MOST_FDS = 200
 
 
 class Wire:
@@ -15,18 +20,33 @@ class Wire:
     def __init__(self, selector: selectors.BaseSelector, sock: socket.socket, on_read: Callable[[], None]) -> None:
         self.sock, self.outbox = sock, Outbox()
         self._selector, self._on_read = selector, on_read
+        self._fds: list[int] = []  # they travel with the next bytes
         self._registered = selectors.EVENT_READ
         selector.register(sock, selectors.EVENT_READ, self)
 
     def put(self, frame: Frame) -> None:
         self.outbox.put_frame(frame)
 
+    def put_fd(self, fd: int) -> None:
+        """A copy of the descriptor travels with what is sent next."""
+        self._fds.append(os.dup(fd))
+
+    def _send_fds(self, data: bytes | memoryview) -> int:
+        if not self._fds:
+            return self.sock.send(data)
+        some = self._fds[:_MOST_FDS]
+        sent = self.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", some))])
+        del self._fds[:_MOST_FDS]
+        for fd in some:
+            os.close(fd)
+        return sent
+
     def flush(self) -> None:
         """Sends what the peer takes; a peer that is gone is noticed when its line is read."""
         if not self._registered:
             return
         try:
-            empty = self.outbox.flush(self.sock.send)
+            empty = self.outbox.flush(self._send_fds)
         except OSError:
             empty = True
         wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE

@@ -29,8 +29,9 @@ from typing import Any, NoReturn
 from mpworker.errors import PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
-from mpworker.pool.facts import Lane
+from mpworker.pool.facts import Lane, open_span
 from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
@@ -42,6 +43,10 @@ EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: Results that wait for company leave when there are so many …
+_COMPANY = MOST // 2
+#: … or after so many seconds.
+_PATIENCE = 0.002
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
 
@@ -58,6 +63,10 @@ class Current:
     hard_at: float
     #: others may wait behind it, here or in the pipe
     batched: bool
+    #: the dispatcher has not been told that it runs
+    quiet: bool
+    #: since when it seems to be long, or 0
+    slow: float = 0.0
     #: it runs for so long that they have been handed back
     long: bool = False
     #: when it may tell its progress again, and what it has not told since
@@ -71,12 +80,13 @@ class Worker:
     Args:
         data: line for frames, blocking.
         control: line that only the watchdog reads.
+        page: memory shared with the dispatcher.
         lane: whose jobs it runs.
         slot: its number in the pool, which its replacement inherits.
     """
 
-    def __init__(self, data: socket.socket, control: socket.socket, lane: Lane, slot: int) -> None:
-        self.data, self.lane, self.slot = data, lane, slot
+    def __init__(self, data: socket.socket, control: socket.socket, page: Page, lane: Lane, slot: int) -> None:
+        self.data, self.page, self.lane, self.slot = data, page, lane, slot
         #: guards inbox, current, revoked, doomed: the boundary between two jobs
         self.gate = threading.Lock()
         self.inbox: deque[Frame] = deque()
@@ -86,6 +96,7 @@ class Worker:
         self._reader = FrameReader("the dispatcher")
         self._sending = threading.Lock()
         self._unsent = b""
+        self._sent_at = 0.0
         self._peak = 0.0
         self._leaving = False
         self._interruptible = False
@@ -143,6 +154,11 @@ class Worker:
         for frame in self._reader.feed(received):
             if frame.kind is Kind.JOB:
                 self.inbox.append(frame)
+            elif frame.kind is Kind.BUNDLE:
+                self.inbox.extend(
+                    Frame(Kind.BUNDLE, job.id, BATCHED, job.soft, job.hard, b"", job.body)
+                    for job in open_span(frame, "the dispatcher").apart()
+                )
             elif frame.kind is Kind.LEAVE:
                 self._leaving = True
 
@@ -150,6 +166,8 @@ class Worker:
         """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""
         try:
             with self._sending:
+                if self.page.waiting:
+                    self._send_unsent()
                 for piece in pieces:
                     if len(self._unsent) + len(piece) < _JOIN_BELOW:
                         self._unsent += piece
@@ -164,12 +182,18 @@ class Worker:
         unsent, self._unsent = self._unsent, b""
         if unsent:
             self.data.sendall(unsent)
+        if self.page.waiting:
+            self.data.sendall(self.page.pack(self._peak))
+            self.page.forget()
 
     def send_now(self, frame: bytes, patience: float) -> bool:
         """From who must not wait long: what waited for company, and one small frame; or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
+            if self.page.waiting:
+                self._unsent += self.page.pack(self._peak)
+                self.page.forget()
             if data := self._unsent + frame:
                 self._unsent = data[self.data.send(data, socket.MSG_DONTWAIT) :]
             return True
@@ -181,7 +205,10 @@ class Worker:
     # -- one job -------------------------------------------------------------------------------------------------
 
     def _execute(self, frame: Frame) -> None:
-        job, soft, hard = frame.job, frame.a, frame.b
+        kind, job, flag, soft, hard, _, _ = frame
+        quiet = kind is Kind.BUNDLE
+        if quiet and self._unsent:
+            self.send()
         started = time.monotonic()
         self._soft_due, self._soft_raised = False, None
         with self.gate:
@@ -190,14 +217,16 @@ class Worker:
                 del self.revoked[job]
             else:
                 soft_at, hard_at = started + soft if soft else inf, started + hard if hard else inf
-                self.current = Current(job, started, soft, hard, soft_at, hard_at, bool(frame.flag & BATCHED))
+                self.current = Current(job, started, soft, hard, soft_at, hard_at, bool(flag & BATCHED), quiet)
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
         if soft:  # an earlier task may have meddled with its signal
             signal.signal(signal.SIGUSR1, self._on_soft_limit)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
-        self.send(encode(Kind.STARTED, job, a=started))
+        self.page.begin(job, started)
+        if not quiet:
+            self.send(encode(Kind.STARTED, job, a=started))
         self.watchdog.expect(self.alarm())
         flag, body = self._run(frame)
         if os.getpid() != self._pid:
@@ -213,7 +242,36 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
-        self._report(job, flag, time.monotonic() - started, body)
+        runtime = time.monotonic() - started
+        if current is None or not current.quiet or not self._keep(job, flag, started, runtime, body):
+            self.page.end()
+            self._report(job, flag, runtime, body)
+
+    def _keep(self, job: int, flag: int, started: float, runtime: float, body: bytes) -> bool:
+        """A job of a bundle is done: its result waits in the page for others, but not long.
+
+        Returns:
+            ``False`` if there is no room; then the dispatcher knows that it ran.
+        """
+        booting.flush_streams()
+        with self._sending:
+            kept = self.page.add(job, flag, started, runtime, body)
+            if kept:
+                self.page.end()
+        if not kept:
+            self.send(encode(Kind.STARTED, job, a=started))
+        elif not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE:
+            self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+            self._sent_at = started
+            self.send()
+        return kept > 0
+
+    def announce(self) -> None:
+        """Tells the dispatcher that the current job runs, if it does not know. In any thread."""
+        current = self.current
+        if current is not None and current.quiet:
+            current.quiet = False
+            self.send(encode(Kind.STARTED, current.job, a=current.started))
 
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         booting.flush_streams()
@@ -262,6 +320,7 @@ class Worker:
         if self.current is None:
             return
         with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
+            self.announce()
             self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
@@ -274,6 +333,7 @@ class Worker:
             return
         current.tell_at = now + _PROGRESS_PAUSE
         with self._uninterrupted():
+            self.announce()
             if self.send_now(_progress(current.job, word), 0.0) and current.untold is word:
                 current.untold = None
 
@@ -300,7 +360,9 @@ class Worker:
         if current is None:
             return inf
         alarm = min(current.soft_at, current.hard_at)
-        return min(alarm, current.started + Watchdog.HAND_BACK) if current.batched and not current.long else alarm
+        if not current.batched or current.long:
+            return alarm
+        return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + Watchdog.HAND_BACK)
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""

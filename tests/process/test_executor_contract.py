@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
@@ -21,6 +21,7 @@ from concurrent.futures import (
 )
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 
 import pytest
 import support
@@ -75,6 +76,24 @@ def test_any_keyword_is_the_functions_own(pool: ProcessPool) -> None:
         pool.submit(fn=support.give)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(("function", "argument"), [(lambda: 1, ()), (support.give, (threading.Lock(),))])
+def test_a_call_that_cannot_travel_fails_its_future(
+    function: Callable[..., object], argument: tuple[object], pool: ProcessPool
+) -> None:
+    before = pool.stats()["submitted"]
+    future = pool.submit(function, *argument)
+    assert future.done()
+    for kind in (PicklingError, TypeError):
+        with pytest.raises(kind, match=r"^the call of .* cannot be pickled"):
+            future.result(0)
+    assert not future.cancel()
+    assert pool.stats()["submitted"] == before
+    unused = ProcessPool(1)
+    unused.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        unused.submit(function, *argument)
+
+
 def test_a_future_tells_its_state(pool: ProcessPool, gate: Gate) -> None:
     future = gate.submit(pool)
     assert (future.running(), future.done(), future.cancelled()) == (True, False, False)
@@ -101,6 +120,30 @@ def test_threads_may_submit_and_cancel_at_the_same_time(pool: ProcessPool) -> No
     assert min(counts) >= 200 - 29
     wait_until(lambda: not pool.stats()["pending"], what="everything has ended")
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def test_a_pool_whose_thread_cannot_start_leaves_nothing_and_may_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, started = set(support.processes()), []
+
+    def refuse(thread: threading.Thread) -> None:
+        started.extend(set(support.processes()) - before)
+        raise RuntimeError("can't start new thread")
+
+    pool = ProcessPool(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(support.give)
+        pool.shutdown()
+    assert started
+    assert not any(map(support.alive, started))
+    pool = ProcessPool(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(support.give)
+    with pool:
+        assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
 # -- map -------------------------------------------------------------------------------------------------------------
@@ -228,6 +271,21 @@ def test_done_callbacks_run_in_order_and_once(pool: ProcessPool, gate: Gate, cap
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_done_callback_may_raise_anything(
+    kind: type[BaseException], pool: ProcessPool, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[object] = []
+    future = pool.submit(support.meet_and_fail, Signpost(gate.folder / "here"), gate.go, kind)
+    future.add_done_callback(lambda f: f.result())  # raises what the task has raised
+    future.add_done_callback(heard.append)
+    gate.go.set()
+    assert type(future.exception(PATIENCE)) is kind
+    wait_until(lambda: heard, what="the second one is called")
+    assert kind.__name__ in caplog.text
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
 def test_done_callbacks_hear_of_every_kind_of_end(pool: ProcessPool, gate: Gate) -> None:
     heard: list[Future[object]] = []
     futures = [pool.submit(support.fail), pool.submit(support.die, "exit"), gate.submit(pool)]
@@ -324,6 +382,36 @@ def test_who_submits_while_another_thread_shuts_down_is_told_or_served() -> None
         thread.join(PATIENCE)
     assert len(wait(futures, PATIENCE).done) == len(futures)
     assert not any(future.exception(0) for future in futures)
+
+
+def test_threads_may_cancel_the_same_task_and_shut_down_at_the_same_time(gate: Gate) -> None:
+    pool = ProcessPool(2)
+    running, waiting = [gate.submit(pool), gate.submit(pool)], [pool.submit(support.give, n) for n in range(50)]
+    heard: list[Future[object]] = []
+    for future in running + waiting:
+        future.add_done_callback(heard.append)
+    dispatcher = pool.stats()["dispatcher"]
+    together = threading.Barrier(6)
+
+    def cancel_all() -> list[bool]:
+        together.wait(PATIENCE)
+        return [future.cancel() for future in running + waiting[::2]]
+
+    def shut_down(patient: bool) -> None:
+        together.wait(PATIENCE)
+        pool.shutdown(wait=patient)
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(cancel_all) for _ in range(3)]
+        ends = [threads.submit(shut_down, patient) for patient in (True, True, False)]
+        assert all(answer.result(PATIENCE)[:2] == [True, True] for answer in answers)
+        assert [end.result(PATIENCE) for end in ends] == [None] * 3
+    assert not support.alive(dispatcher)
+    assert wait(running + waiting, 0).not_done == set()
+    assert all(future.cancelled() for future in running)
+    assert [future.result(0) for future in waiting[1::2]] == list(range(1, 50, 2))
+    wait_until(lambda: len(heard) == 52, what="the callbacks")
+    assert set(heard) == {*running, *waiting}
 
 
 def test_a_pool_is_collected_though_it_has_worked(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:

@@ -194,17 +194,10 @@ def test_ctrl_c_and_sigterm_leave_nothing(number: int, tmp_path: Path) -> None:
     try:
         Signpost(tmp_path / "here").wait()
         os.killpg(process.pid, number)
-        if number == signal.SIGINT:  # Python's own exit: waits for the tasks; the second one does not
-            wait_until(lambda: _waits(process.pid), what="the interpreter waits for its pool")
-            os.killpg(process.pid, number)
         process.wait(PATIENCE)
         wait_until(lambda: not support.processes(mark), 2.0, "everything ends")
     finally:
         _close(process)
-
-
-def _waits(pid: int) -> bool:
-    return "futex" in getattr(support.look(pid), "wchan", "")
 
 
 def test_a_fork_of_the_parent_does_not_end_the_pool(tmp_path: Path) -> None:

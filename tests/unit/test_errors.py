@@ -55,6 +55,7 @@ def test_every_error_survives_pickling_and_copying(error: Exception) -> None:
         (errors.BootError, BrokenExecutor),
         (errors.PoolFull, queue.Full),
         (errors.PayloadError, TypeError),
+        (errors.PayloadError, pickle.PicklingError),
         (TimeLimitExceeded, TimeoutError),
         (errors.TaskCancelled, CancelledError),
         (errors.StoreError, OSError),

@@ -70,8 +70,9 @@ def test_noise_is_no_frame(noise: bytes) -> None:
 
 @given(FRAME, st.binary(min_size=HEADER_SIZE, max_size=100))
 def test_noise_behind_a_frame_is_noticed(frame: Frame, noise: bytes) -> None:
-    with pytest.raises(ProtocolError):
+    with pytest.raises(ProtocolError) as caught:
         read(encode(*frame) + noise)
+    assert caught.value.before == [frame]
 
 
 @pytest.mark.parametrize("extra", [0, 2**32 - 1])
@@ -147,9 +148,9 @@ def test_damage_anywhere_costs_no_frame_before_it_and_is_never_forgotten(
     for piece in (whole[:cut], whole[cut:]):
         try:
             arrived += reader.feed(bytes(piece))
-        except ProtocolError:
+        except ProtocolError as exc:
             refused = True
-            arrived += reader.sound
+            arrived += exc.before
             break
     assert arrived[:damaged] == frames[:damaged]
     if refused:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mpworker.pool import dispatcher as dispatchers
 from mpworker.pool import facts as f
 from mpworker.pool import fleet as fleets
+from mpworker.pool import page as pages
 from mpworker.pool.facts import Lane
 from mpworker.pool.fleet import Crew, Exit
 from mpworker.pool.frames import Frame, FrameReader, Kind, encode, header
@@ -51,7 +52,10 @@ class Fleet(fleets.Fleet):
     def spawn(self, worker: int, slot: int, lane: Lane, boot: bytes) -> Crew:
         data, self.theirs[worker] = socket.socketpair()
         data.setblocking(False)
-        crew = self.crews[worker] = Crew(worker, slot, lane, data, socket.socketpair()[0], FIRST_PID + worker)
+        fd = pages.create()
+        page = pages.Page(os.dup(fd), worker=worker)
+        control = socket.socketpair()[0]
+        crew = self.crews[worker] = Crew(worker, slot, lane, data, control, page, fd, FIRST_PID + worker)
         self._by_pid[crew.pid] = crew
         return crew
 
@@ -102,8 +106,7 @@ class Stage:
     def close(self) -> None:
         self.it._selector.close()
         for crew in self.fleet.crews.values():
-            crew.data.close()
-            crew.control.close()
+            crew.close()
         for sock in (self.line, self.parent, *self.fleet.theirs.values()):
             sock.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import random
 import signal
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from math import inf, nan
@@ -21,10 +22,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mpworker.pool import facts as f
 from mpworker.pool import ledger as ledger_module
-from mpworker.pool.facts import Job, Lane
+from mpworker.pool import page
+from mpworker.pool.facts import Job, Lane, Span
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.lanes import START_GRACE, UNKILLABLE
 from mpworker.pool.ledger import GUARD_GRACE, Ledger
+from mpworker.pool.page import results
 from mpworker.pool.parcel import Outcome, open_verdict
 
 READY_TIMEOUT, CALLBACK_LIMIT, MEMORY = 60.0, 5.0, 1000
@@ -104,6 +107,7 @@ class World:
         self._done: set[int] = set()  # DONE may be told of these
         self._due: list[Job] = []  # these must have ended when the event has been taken in
         self._may_break = False
+        self._looks: list[int] = []
         self.sound = True  # no check has failed
 
     # -- what happens --------------------------------------------------------------------------------------------
@@ -130,6 +134,11 @@ class World:
         for worker in [key for key, played in self.workers.items() if self._given_up(played)]:
             del self.workers[worker]
         self.sound = True
+        looks, self._looks = self._looks, []
+        for number in looks:  # into its page
+            worker = self.workers.get(number)
+            if worker is not None and worker.inbox and worker.running is None:
+                self.tell(f.JobStarted(number, worker.inbox[0].id, self.now))
         return actions
 
     def _check_guards(self) -> None:
@@ -204,8 +213,22 @@ class World:
             worker.running, worker.guard = None, inf
 
     def _on_jobran(self, event: f.JobRan) -> None:
-        self._on_jobstarted(f.JobStarted(event.worker, event.job, event.at))
-        self._on_jobdone(event)
+        worker = self.workers.get(event.worker)
+        if worker is not None and (job := worker.takes_out(event.job)) is not None:
+            worker.begun += 1  # also while another is seen to run: this result has waited for company
+            self.started.add(event.job)
+            self._due.append(job)
+            self._done.add(event.job)
+        else:
+            self._on_jobdone(event)
+
+    def _on_jobsran(self, event: f.JobsRan) -> None:
+        for job in event.jobs:
+            self._on_jobran(f.JobRan(event.worker, job, self.now, 0, b"", 0.0, 0.0))
+
+    def _on_bundlesubmitted(self, event: f.BundleSubmitted) -> None:
+        for job in event.span.ids:
+            self.jobs.setdefault(job, Job(job))
 
     def _on_jobreturned(self, event: f.JobReturned) -> None:
         if (worker := self.workers.get(event.worker)) is not None:
@@ -244,21 +267,28 @@ class World:
         self.workers[action.worker] = Played(action.worker, action.slot, action.lane)
 
     def _assign(self, action: f.Assign) -> None:
-        job, worker = action.job, self.workers.get(action.worker)
+        given, worker = action.job, self.workers.get(action.worker)
+        bundle = isinstance(given, Span)
+        jobs = [Job(number, hard=given.hard) for number in given.ids] if bundle else [given]
         if worker is None:
             assert self._together, "a job is given to somebody who is gone"
             return
         assert worker.ready
         assert not worker.leaving
         assert self._together or not worker.doomed, "a job is given to somebody who is about to go"
-        assert worker.lane is job.lane
-        assert not self.ends[job.id], "a job that has ended is given out"
-        assert job.id not in self.started, "a job that has started is given out again"
-        assert self._together or not (self.paused and job.lane is Lane.TASKS), "the parent does not read"
-        assert not any(other.holds(job.id) for other in self.workers.values() if not self._given_up(other)), "twice"
-        worker.inbox.append(job)
+        others = [other for other in self.workers.values() if not self._given_up(other)]
+        for job in jobs:
+            assert worker.lane is job.lane
+            assert not self.ends[job.id], "a job that has ended is given out"
+            assert job.id not in self.started, "a job that has started is given out again"
+            assert self._together or not (self.paused and job.lane is Lane.TASKS), "the parent does not read"
+            assert not any(other.holds(job.id) for other in others), "twice"
+        worker.inbox += jobs
         held = worker.begun + len(worker.inbox)
         assert not self.max_tasks or worker.lane is Lane.HOOKS or held <= self.max_tasks, "it is used up"
+
+    def _look(self, action: f.Look) -> None:
+        self._looks.append(action.worker)
 
     def _dismiss(self, action: f.Dismiss) -> None:
         if (worker := self.workers.get(action.worker)) is not None:
@@ -301,7 +331,14 @@ class World:
                 assert job in self._done, "a job is done that nobody has done"
             else:
                 assert open_verdict(frame.body)[0].terminal
-        elif kind in (Kind.STARTED, Kind.SOFT, Kind.PROGRESS):
+        elif kind is Kind.RESULTS:
+            for ran in results(frame):
+                assert ran.job in self._done, "a job is done that nobody has done"
+                self.ends[ran.job] += 1
+                assert self.ends[ran.job] == 1, "a job has two ends"
+        elif kind is Kind.SOFT:
+            assert not self.ends[job], "a word after the end"
+        elif kind in (Kind.STARTED, Kind.PROGRESS):
             assert job in self.started, "a job is said to run that does not"
             assert not self.ends[job], "a word after the end"
         elif kind is Kind.HOOK_ENDED:
@@ -369,6 +406,13 @@ class World:
             self.now = max(self.now, deadline)
             self.tell(f.Ticked())
         raise AssertionError("it never comes to rest")
+
+
+def several_ran(worker: int, jobs: list[int], now: float, rss: float) -> f.JobsRan:
+    """What the dispatcher makes of a RESULTS frame."""
+    records = b"".join(page._RECORD.pack(job, 4, Outcome.VALUE, now, 1e-5) for job in jobs)
+    frame = Frame(Kind.RESULTS, extra=page._WHO.pack(worker, rss) + records, body=b"body" * len(jobs))
+    return f.JobsRan(worker, *page.check(frame, "it"), frame)
 
 
 def open_rule(*needs: str, **strategies: Any) -> Any:
@@ -453,6 +497,26 @@ class Machine(RuleBasedStateMachine):
             self.world.tell(*group)
 
     @precondition(lambda self: not self.world.closing)
+    @open_rule(count=st.integers(1, 40), hard=st.sampled_from([0.0, 0.5]))
+    def submit_a_bundle(self, count: int, hard: float) -> None:
+        first, self.next_job = self.next_job, self.next_job + count
+        self.world.tell(f.BundleSubmitted(Span(first, 0.0, hard, array("I", [4] * count), b"body" * count)))
+
+    @open_rule(
+        "ready",
+        "inbox",
+        "!doomed",
+        "!frozen",
+        luck=LUCK,
+        count=st.integers(1, 40),
+        rss=st.sampled_from([0.0, 2.0 * MEMORY]),
+    )
+    def run_several(self, luck: int, count: int, rss: float) -> None:
+        """Results that have waited for company, of jobs that may be of a bundle, or not."""
+        if (worker := self.pick(luck, "ready", "inbox", "!doomed", "!frozen")) is not None:
+            self.world.tell(several_ran(worker.id, [job.id for job in worker.inbox[:count]], self.world.now, rss))
+
+    @precondition(lambda self: not self.world.closing)
     @open_rule(count=st.integers(1, 3))
     def submit_callbacks(self, count: int) -> None:
         for event in self.new_jobs(count, lane=Lane.HOOKS, hard=CALLBACK_LIMIT, hooks=b"hooks"):
@@ -460,7 +524,8 @@ class Machine(RuleBasedStateMachine):
 
     @open_rule(luck=LUCK)
     def submit_twice(self, luck: int) -> None:
-        jobs = [job for job in self.world.jobs.values() if not job.state.terminal]
+        over = {*self.world.ends, *self.world.hook_ends}
+        jobs = [job for job in self.world.jobs.values() if job.id not in over]
         if jobs:
             same = jobs[luck % len(jobs)]
             self.world.tell(f.Submitted(Job(same.id, same.lane, hard=same.hard, hooks=same.hooks)))
@@ -615,7 +680,7 @@ class Machine(RuleBasedStateMachine):
     @open_rule(luck=LUCK, count=st.integers(1, 4), together=st.booleans())
     def repeat(self, luck: int, count: int, together: bool) -> None:
         """Something is heard again, however late."""
-        parents = (f.Begun, f.Submitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
+        parents = (f.Begun, f.Submitted, f.BundleSubmitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
         history = [event for event in self.world.history if not isinstance(event, parents)]
         if history:
             at = luck % len(history)
@@ -653,6 +718,7 @@ class Machine(RuleBasedStateMachine):
                 f.SoftLimitHit(number, job, at),
                 f.JobProgressed(number, job, at, at, b"lie"),
                 f.WorkerReady(number, 7),
+                several_ran(number, list(dict.fromkeys([job, *own, choose.choice(anything)])), world.now, 0.0),
             ]
         )
 
@@ -662,7 +728,7 @@ class Machine(RuleBasedStateMachine):
         """Nobody is there to act."""
         history = self.world.history
         event = history[luck % len(history)]
-        if not isinstance(event, f.Submitted):
+        if not isinstance(event, f.Submitted | f.BundleSubmitted):
             self.world.tell(event)
 
     # -- what always holds ---------------------------------------------------------------------------------------

@@ -122,6 +122,14 @@ def test_an_unpicklable_result_is_named() -> None:
     assert "lock, cannot be pickled" in str(error)
 
 
+@pytest.mark.parametrize("how", ["error", "exit"])
+def test_a_result_that_fails_to_be_pickled_is_the_tasks_error(how: str) -> None:
+    succeeded, error = parcel.open_outcome(*parcel.pack_outcome(support.Unwilling("dump", how)))
+    assert not succeeded
+    assert isinstance(error, PayloadError)
+    assert "support.Unwilling, cannot be pickled" in str(error)
+
+
 def test_a_result_nested_too_deeply_is_an_error_like_any_other() -> None:
     deep: list[object] = []
     for _ in range(100_000):

@@ -1,0 +1,224 @@
+"""A page of memory that a worker shares with the dispatcher and the parent: what it has started, and results that are
+not on their way yet.
+
+Owns the layout, and how results of tiny jobs travel together. The worker writes, at the cost of a few stores where a
+frame would be a system call and a wake-up. The dispatcher reads when the worker is silent or dead, the parent when the
+dispatcher is. So whatever instant a process is killed at, it is known what had been started, and nothing that a worker
+had finished is lost with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mpworker.errors import ProtocolError
+from mpworker.pool.frames import Frame, Kind, encode
+
+#: Results that may wait for company, and the bytes of all of them.
+MOST = 128
+_ROOM = 32 << 10
+_RECORD = struct.Struct("=QIIdd")
+_WHO = struct.Struct("=Qd")
+# Cells of 8 bytes at the start of the page.
+_JOB, _STARTED, _STARTS, _WORKER = range(4)
+# Results are collected in one half while the other still holds those that were sent last.
+_COUNT, _USED = (4, 6), (5, 7)
+_PID, _RING = 8, 16
+#: The jobs that were started last: more than can be on their way to the parent.
+_LAST = 1024
+_RECORDS = 8 * (_RING + _LAST)
+_BODIES = MOST * _RECORD.size
+_HALF = _BODIES + _ROOM
+_F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1
+SIZE = mmap.PAGESIZE * -(-(_RECORDS + 2 * _HALF) // mmap.PAGESIZE)
+
+
+class Ran(NamedTuple):
+    """One job of a RESULTS frame. ``started`` is ``time.monotonic()``, ``runtime`` seconds."""
+
+    job: int
+    flag: int
+    started: float
+    runtime: float
+    body: bytes
+
+
+def create() -> int:
+    """A descriptor of an empty page, which nobody can make smaller.
+
+    Raises:
+        OSError: there is no memory or no descriptor.
+    """
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryFile() as file:
+            os.ftruncate(file.fileno(), SIZE)
+            return os.dup(file.fileno())
+    fd = os.memfd_create("mpworker-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, SIZE)
+        # A page that shrinks under its reader would end it with SIGBUS.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Page:
+    """One worker's page.
+
+    Args:
+        fd: from :func:`create`; closed here.
+        worker: its number, from who makes it.
+        mine: this is the worker. What is written to descriptors at random cannot reach the page afterwards.
+    """
+
+    def __init__(self, fd: int, *, worker: int | None = None, mine: bool = False) -> None:
+        try:
+            writable = mine or worker is not None
+            if not writable and not _cannot_shrink(fd):
+                raise ProtocolError("the dispatcher sent a descriptor that is no page")
+            self._memory = mmap.mmap(fd, SIZE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+            if mine and hasattr(fcntl, "F_ADD_SEALS"):
+                with contextlib.suppress(OSError):  # a kernel that is too old
+                    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        finally:
+            os.close(fd)
+        view = memoryview(self._memory)[:_RECORDS]
+        self._cells, self._times = view.cast("Q"), view.cast("d")
+        if worker is not None:
+            self._cells[_WORKER] = worker
+        if mine:
+            self._cells[_PID] = os.getpid()
+        self._starts = self._half = 0
+
+    # -- the worker ----------------------------------------------------------------------------------------------
+
+    def begin(self, job: int, started: float) -> None:
+        """A job starts now."""
+        cells, starts = self._cells, self._starts
+        cells[_RING + starts % _LAST] = job
+        cells[_STARTS] = self._starts = starts + 1
+        self._times[_STARTED] = started
+        cells[_JOB] = job
+
+    def end(self) -> None:
+        """It is over and its result has been written, or is about to be sent."""
+        self._cells[_JOB] = 0
+
+    def add(self, job: int, flag: int, started: float, runtime: float, body: bytes) -> int:
+        """Keeps a result until it is sent.
+
+        Returns:
+            how many wait now; 0 if there is no room for this one.
+        """
+        cells, half = self._cells, self._half
+        count, used = cells[_COUNT[half]], cells[_USED[half]]
+        if count == MOST or used + len(body) > _ROOM:
+            return 0
+        start = _RECORDS + half * _HALF
+        at = start + _BODIES + used
+        self._memory[at : at + len(body)] = body
+        _RECORD.pack_into(self._memory, start + count * _RECORD.size, job, len(body), flag, started, runtime)
+        cells[_USED[half]] = used + len(body)
+        cells[_COUNT[half]] = count + 1  # from here on it counts
+        return count + 1
+
+    @property
+    def waiting(self) -> bool:
+        return self._cells[_COUNT[self._half]] > 0
+
+    def forget(self) -> None:
+        """What waited has been sent. Until the next time it can still be read."""
+        self._half = half = 1 - self._half
+        self._cells[_COUNT[half]] = self._cells[_USED[half]] = 0
+
+    def pack(self, max_rss: float) -> bytes:
+        """The RESULTS frame of what waits."""
+        half = self._half
+        records, bodies = self._contents(half, self._cells[_COUNT[half]], self._cells[_USED[half]])
+        return encode(Kind.RESULTS, extra=_WHO.pack(self.pid, max_rss) + records, body=bodies)
+
+    # -- who reads -----------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> int:
+        return self._cells[_WORKER]
+
+    @property
+    def pid(self) -> int:
+        return self._cells[_PID]
+
+    def started(self) -> list[int]:
+        """The jobs that were started last, the current one included, in no order."""
+        return self._cells[_RING : _RING + min(self._cells[_STARTS], _LAST)].tolist()
+
+    def running(self) -> tuple[int, float]:
+        """The job that runs, or 0, and when it started."""
+        return self._cells[_JOB], self._times[_STARTED]
+
+    def left(self) -> list[Frame]:
+        """What a dead worker had sent last, and what it had not sent."""
+        frames = []
+        for half in (0, 1):
+            if 0 < (count := self._cells[_COUNT[half]]) <= MOST:
+                records, bodies = self._contents(half, count, _ROOM)
+                used = sum(length for _, length, *_ in _RECORD.iter_unpack(records))
+                frames.append(Frame(Kind.RESULTS, extra=_WHO.pack(self.pid, 0.0) + records, body=bodies[:used]))
+        return frames
+
+    def close(self) -> None:
+        for view in (self._cells, self._times):
+            view.release()
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+    def _contents(self, half: int, count: int, used: int) -> tuple[bytes, bytes]:
+        start = _RECORDS + half * _HALF
+        bodies = start + _BODIES
+        return self._memory[start : start + count * _RECORD.size], self._memory[bodies : bodies + used]
+
+
+def _cannot_shrink(fd: int) -> bool:
+    if os.fstat(fd).st_size < SIZE:
+        return False
+    return not hasattr(fcntl, "F_GET_SEALS") or bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+
+
+def who_ran(frame: Frame) -> tuple[int, float]:
+    """The pid of a RESULTS frame's worker, and its peak memory in bytes."""
+    pid, max_rss = _WHO.unpack_from(frame.extra)
+    return pid, max_rss
+
+
+def check(frame: Frame, peer: str) -> tuple[tuple[int, ...], float]:
+    """Looks a RESULTS frame over.
+
+    Returns:
+        its jobs, and the seconds that all of them together ran.
+
+    Raises:
+        ProtocolError: it is damaged.
+    """
+    size = len(frame.extra) - _WHO.size
+    if size <= 0 or size % _RECORD.size:
+        raise ProtocolError(f"{peer} sent damaged results")
+    jobs, lengths, _, _, runtimes = zip(*_RECORD.iter_unpack(memoryview(frame.extra)[_WHO.size :]), strict=True)
+    if sum(lengths) != len(frame.body):
+        raise ProtocolError(f"{peer} sent damaged results")
+    return jobs, sum(runtimes)
+
+
+def results(frame: Frame) -> Iterator[Ran]:
+    """The jobs of a RESULTS frame, in order."""
+    body, end = frame.body, 0
+    for job, length, flag, started, runtime in _RECORD.iter_unpack(memoryview(frame.extra)[_WHO.size :]):
+        start, end = end, end + length
+        yield Ran(job, flag, started, runtime, body[start:end])
