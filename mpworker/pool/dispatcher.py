@@ -27,8 +27,20 @@ from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool.facts import Job, Lane
 from mpworker.pool.fleet import Crew, Exit, Fleet
-from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, pack_start, receive
+from mpworker.pool.frames import (
+    BATCHED,
+    LONGEST_WAIT,
+    RATIONED,
+    Frame,
+    FrameReader,
+    Kind,
+    Outbox,
+    encode,
+    pack_start,
+    receive,
+)
 from mpworker.pool.ledger import Ledger
+from mpworker.pool.memory import Sampler
 from mpworker.pool.nursery import Nursery
 from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
@@ -70,7 +82,9 @@ class Dispatcher:
             options["callback_limit"],
             options["max_tasks"],
             options["max_memory"],
+            options["memory_limit"],
         )
+        self._sampler = Sampler()
         if boot.flag:
             self._ledger.resume()
         self._selector = selectors.DefaultSelector()
@@ -96,6 +110,7 @@ class Dispatcher:
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
+            f.AskToShrink: self._ask_to_shrink,
             f.Tell: self._tell,
             f.Finish: self._finish,
         }
@@ -116,6 +131,8 @@ class Dispatcher:
             now = time.monotonic()
             if now >= self._ledger.next_deadline():
                 self._apply(f.Ticked())
+            if self._ledger.quota.watched and now >= self._sampler.due:
+                self._apply(*self._sampler.look(self._ledger.quota.running(), now))
             self._nursery.tick(now)
             self._flush()
             if self._batching:
@@ -130,6 +147,8 @@ class Dispatcher:
 
     def _patience(self) -> float:
         deadline = min(self._ledger.next_deadline(), self._nursery.deadline)
+        if self._ledger.quota.watched:
+            deadline = min(deadline, self._sampler.due)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         if self._parent_watched:
             return patience
@@ -255,7 +274,7 @@ class Dispatcher:
     def _assign(self, action: f.Assign) -> None:
         job = action.job
         if action.worker in self._wires:
-            flag = job.flag | (BATCHED if action.batched else 0)
+            flag = job.flag | (BATCHED if action.batched else 0) | (RATIONED if job.memory else 0)
             frame = Frame(_JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
@@ -269,6 +288,12 @@ class Dispatcher:
     def _signal(self, action: f.Signal) -> None:
         if action.worker in self._wires:
             self._wires[action.worker][2].put(encode(Kind.SIGNAL, action.job, action.signum))
+            self._touched.add(action.worker)
+
+    def _ask_to_shrink(self, action: f.AskToShrink) -> None:
+        if action.worker in self._wires:
+            _, job, limit, used = action
+            self._wires[action.worker][2].put(encode(Kind.SHRINK, job, a=limit, b=used))
             self._touched.add(action.worker)
 
     def _read_worker(self, worker: int, turns: int = _READS_PER_TURN) -> None:
@@ -344,7 +369,7 @@ class Dispatcher:
             wire.close()
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
-        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss))
+        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss, end.oom))
         self._show_workers()
 
     def _hear_out(self, worker: int, crew: Crew) -> None:
@@ -370,6 +395,8 @@ def _asked(frame: Frame) -> Any:
     kind, job, flag, a, b, extra, body = frame
     if kind is _SUBMIT:
         return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
+    if kind is Kind.MEMORY:
+        return f.MemoryLimited(job, int(a))
     if kind is Kind.CANCEL:
         return f.Cancelled(job, flag, a)
     if kind is Kind.RESIZE:
@@ -392,6 +419,8 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.HookCalled(crew.worker, job, flag, extra, body)
     if kind is Kind.PROGRESS:
         return f.JobProgressed(crew.worker, job, a, b, body)
+    if kind is Kind.KEPT:
+        return f.MemoryKept(crew.worker, job, int(a))
     if kind is Kind.SOFT:
         return f.SoftLimitHit(crew.worker, job, a)
     if kind is Kind.EXPIRED:

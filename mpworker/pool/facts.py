@@ -46,6 +46,10 @@ class Job:
     queued: bool = False
     #: asked back by a flush, unless it has started
     recalled: bool = False
+    #: bytes that its process group may hold, 0 for no limit; when it was asked to hold less; what it was seen to hold
+    memory: int = 0
+    asked: float = inf
+    rss: int = 0
 
 
 class Progress(NamedTuple):
@@ -81,6 +85,8 @@ class Worker:
     fault: str = ""
     #: a callback that goes with the running job
     call: HookCalled | None = None
+    #: its last word on what earlier jobs have left in its memory
+    kept: MemoryKept | None = None
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -92,6 +98,13 @@ class Begun(NamedTuple):
 
 class Submitted(NamedTuple):
     job: Job
+
+
+class MemoryLimited(NamedTuple):
+    """Of a job that is submitted next."""
+
+    job: int
+    limit: int
 
 
 class Cancelled(NamedTuple):
@@ -194,6 +207,22 @@ class JobRan(NamedTuple):
     max_rss: float
 
 
+class MemoryKept(NamedTuple):
+    """What a worker holds, before a job starts, beyond what it held when it was new."""
+
+    worker: int
+    job: int
+    size: int
+
+
+class MemoryUsed(NamedTuple):
+    """What a job's process group has been seen to hold, in bytes."""
+
+    worker: int
+    job: int
+    used: int
+
+
 class JobReturned(NamedTuple):
     worker: int
     job: int
@@ -213,6 +242,8 @@ class WorkerGone(NamedTuple):
     exitcode: int | None
     signal: int | None
     max_rss: int | None
+    #: the kernel's out-of-memory killer has struck meanwhile
+    oom: bool = False
 
 
 class Ticked(NamedTuple):
@@ -256,6 +287,15 @@ class Kill(NamedTuple):
     signum: int
 
 
+class AskToShrink(NamedTuple):
+    """Raise an exception in the worker's task, if it still runs this job."""
+
+    worker: int
+    job: int
+    limit: int
+    used: int
+
+
 class Tell(NamedTuple):
     """To the parent."""
 
@@ -266,4 +306,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Assign | Dismiss | Signal | Kill | Tell | Finish
+Action = Spawn | Assign | Dismiss | Signal | Kill | AskToShrink | Tell | Finish

@@ -28,6 +28,7 @@ from mpworker.pool import linux
 from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
+from mpworker.pool.memory import OomCounter
 from mpworker.pool.title import PADDING
 
 #: Seconds that killed processes get to disappear.
@@ -156,6 +157,8 @@ class Exit(NamedTuple):
     exitcode: int | None
     signal: int | None
     max_rss: int | None
+    #: the kernel's out-of-memory killer has struck meanwhile
+    oom: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +184,7 @@ class Fleet:
         self.template: socket.socket | None = None
         self.template_pid = 0
         self._by_pid: dict[int, Crew] = {}
+        self._oom = OomCounter()
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -245,6 +249,7 @@ class Fleet:
         Raises:
             OSError: no process or descriptor can be had. Nothing is left behind.
         """
+        self._oom.forget(time.monotonic())  # a strike of long ago is not what ends a worker next
         data, their_data = socket.socketpair()
         control, their_control = socket.socketpair()
         crew = Crew(worker, slot, lane, data, control, asked=time.monotonic())
@@ -325,7 +330,8 @@ class Fleet:
             exitcode, signum = (None, -code) if code < 0 else (code, None)
             max_rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             if crew is not None:
-                yield Exit(crew.worker, exitcode, signum, max_rss)
+                oom = signum == signal.SIGKILL and self._oom.claims(time.monotonic())
+                yield Exit(crew.worker, exitcode, signum, max_rss, oom)
             elif info.si_pid == self.template_pid:
                 self.template_pid = 0
                 yield Exit(None, exitcode, signum, max_rss)

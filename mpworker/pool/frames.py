@@ -44,11 +44,13 @@ class Kind(IntEnum):
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     STOP = 7  # end now
+    MEMORY = 8  # job that is submitted next, a: memory limit in bytes
     # dispatcher → worker
     JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
     # dispatcher → watchdog
     SIGNAL = 12  # job, flag: signal
+    SHRINK = 13  # job, a: memory limit in bytes, b: how much it has been seen to use
     # template and worker → dispatcher
     HELLO = 19  # job: pid; the very first word
     READY = 20  # a: number of native threads
@@ -63,6 +65,7 @@ class Kind(IntEnum):
     )
     RETURNED = 35  # job: one that was not started
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
+    KEPT = 37  # job that is about to start, a: bytes that earlier ones have left in this process
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
     # dispatcher → parent
@@ -79,6 +82,8 @@ class Kind(IntEnum):
 
 #: In the flag of a JOB: it is, or may be, one of several on their way to the same worker.
 BATCHED = 0x80
+#: Likewise: it has a memory limit.
+RATIONED = 0x40
 
 _KINDS = {int(kind): kind for kind in Kind}
 

@@ -55,7 +55,10 @@ class PoolOptions:
     ready_timeout: float = 120.0
     callback_limit: float = 60.0
     max_tasks: int = 0
+    #: peak after which a worker is replaced, between tasks
     max_memory: int = 0
+    #: for a task, while it runs, that brings no limit of its own
+    memory_limit: int = 0
     label: str = ""
 
     def to_json(self) -> bytes:
@@ -69,6 +72,8 @@ class _Sent:
     pieces: tuple[bytes, ...] | None
     hooks: bytes
     pid: int = 0
+    #: when it started, by ``time.monotonic()``
+    at: float = 0.0
 
 
 class Handle:
@@ -168,7 +173,15 @@ class Handle:
         return next(self._ids)
 
     def submit(
-        self, job: int, body: bytes, *, soft: float = 0.0, hard: float = 0.0, hooks: bytes = b"", held: bool = False
+        self,
+        job: int,
+        body: bytes,
+        *,
+        soft: float = 0.0,
+        hard: float = 0.0,
+        memory: int = 0,
+        hooks: bytes = b"",
+        held: bool = False,
     ) -> None:
         """Hands over a packed call.
 
@@ -176,10 +189,13 @@ class Handle:
             job: from :meth:`next_id`; its events carry it.
             body: from :func:`mpworker.pool.parcel.pack_call`.
             soft, hard: limits in seconds, 0 for none.
+            memory: limit in bytes, 0 for the pool's own.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
             held: the caller will call :meth:`flush`.
         """
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
+        if memory:
+            pieces = encode(Kind.MEMORY, job, a=memory), *pieces
         with self._mutex:
             self._sent[job] = _Sent(pieces, hooks)
             self._outbox.put(*pieces)
@@ -275,7 +291,7 @@ class Handle:
             sent = self._sent.get(frame.job)
             if sent is None:
                 return False
-            sent.pieces, sent.pid = None, int(frame.b)
+            sent.pieces, sent.pid, sent.at = None, int(frame.b), frame.a
         elif kind in (Kind.DONE, Kind.ENDED):
             sent = self._sent.pop(frame.job, None)
             if sent is not None and sent.hooks:
@@ -365,7 +381,8 @@ class Handle:
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
             elif sent.pieces is None:
                 del self._sent[job]
-                body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
+                runtime = max(0.0, time.monotonic() - sent.at)
+                body = pack_verdict(JobState.LOST, pid=sent.pid, runtime=runtime, **facts)
                 if sent.hooks:
                     self._hooked[job] = sent.hooks, Outcome.VERDICT, body
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=body)

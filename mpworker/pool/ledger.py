@@ -21,6 +21,7 @@ from mpworker.pool.facts import Action, Job, Lane, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
+from mpworker.pool.quota import Quota
 from mpworker.states import JobState, WorkerState
 
 #: Seconds after a hard limit at which the dispatcher steps in, because the watchdog evidently cannot.
@@ -51,10 +52,17 @@ class Ledger:
         callback_limit: hard limit of each callback in seconds.
         max_tasks: jobs after which a worker is replaced, 0 for never.
         max_memory: peak memory in bytes after which it is replaced (checked between jobs), 0 for never.
+        memory_limit: bytes that a job may use which brings no limit of its own, 0 for no limit.
     """
 
     def __init__(
-        self, size: int, ready_timeout: float, callback_limit: float, max_tasks: int = 0, max_memory: int = 0
+        self,
+        size: int,
+        ready_timeout: float,
+        callback_limit: float,
+        max_tasks: int = 0,
+        max_memory: int = 0,
+        memory_limit: int = 0,
     ) -> None:
         self.jobs: dict[int, Job] = {}
         #: answers that came too late
@@ -67,6 +75,7 @@ class Ledger:
         self._books = (self._tasks, self._hooks)
         self._ready_timeout, self._callback_limit, self._max_memory = ready_timeout, callback_limit, max_memory
         self._max_tasks = max_tasks
+        self.quota = Quota(memory_limit, self._out)
         self._next_hook = _HOOK_ID
         self._hook_load = 0
         self._parent_is_full = False
@@ -76,6 +85,9 @@ class Ledger:
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             f.Begun: self._begin,
             f.Submitted: self._submitted,
+            f.MemoryLimited: lambda event, now: self.quota.give(event.job, event.limit),
+            f.MemoryKept: self._kept,
+            f.MemoryUsed: self._used,
             f.Cancelled: self._cancelled,
             f.Resized: lambda event, now: self._tasks.resize(event.size, now),
             f.FlushAsked: self._flush_asked,
@@ -147,6 +159,8 @@ class Ledger:
 
     def _submitted(self, event: f.Submitted, now: float) -> None:
         job = event.job
+        if self.quota.active:
+            self.quota.admit(job)
         if job.id in self.jobs:
             self.late += 1
             return
@@ -253,6 +267,8 @@ class Ledger:
         if job.hard:
             job.guard = min(job.guard, event.at + job.hard + GUARD_GRACE)
         worker.running, worker.call = job, None
+        if job.memory:
+            self.quota.watched[worker.id] = worker
         if worker.state is _BUSY:
             worker.deadline = inf
         self._settle_recall(job)
@@ -277,6 +293,16 @@ class Ledger:
             job.guard = inf
             worker.killed = True  # by its watchdog
             worker.state, worker.deadline = WorkerState.KILLED, now + GUARD_GRACE
+
+    def _kept(self, event: f.MemoryKept, now: float) -> None:
+        if found := self._find(event.worker):
+            found[1].kept = event
+
+    def _used(self, event: f.MemoryUsed, now: float) -> None:
+        if (found := self._running(event)) is not None:
+            book, worker, job = found
+            if self.quota.judge(worker, job, event, now):
+                book.kill(worker, now)
 
     def _hook_called(self, event: f.HookCalled, now: float) -> None:
         if (found := self._running(event)) is not None:
@@ -524,6 +550,9 @@ def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[J
         "exitcode": event.exitcode,
         "signal": event.signal,
         "max_rss": event.max_rss,
+        "rss": job.rss or None,
+        "runtime": max(0.0, now - job.started),
+        "oom_killed": event.oom and not worker.killed,
         "by_pool": worker.killed,
         "why": worker.fault if worker.killed else "",
     }

@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
-from mpworker.errors import PayloadError, RemoteError, RemoteTraceback, TaskCancelled, TimeLimitExceeded, WorkerLost
+from mpworker.errors import (
+    MemoryLimitExceeded,
+    PayloadError,
+    RemoteError,
+    RemoteTraceback,
+    TaskCancelled,
+    TimeLimitExceeded,
+    WorkerLost,
+)
 from mpworker.states import JobState
 
 
@@ -169,5 +177,8 @@ def verdict_error(facts: Mapping[str, Any]) -> Exception:
         return expired
     if state == JobState.CANCELLED.value:
         return TaskCancelled(facts.get("reason", "the task was cancelled"))
-    known = {key: facts.get(key) for key in ("pid", "exitcode", "signal", "max_rss")}
-    return WorkerLost(**known, by_pool=bool(facts.get("by_pool")), why=facts.get("why", ""))
+    if state == JobState.FAILED.value:
+        return MemoryLimitExceeded(facts.get("memory_limit"), facts.get("used"))
+    known: dict[str, Any] = {key: facts.get(key) for key in ("pid", "exitcode", "signal", "max_rss", "rss", "runtime")}
+    flags = {key: bool(facts.get(key)) for key in ("by_pool", "oom_killed")}
+    return WorkerLost(**known, **flags, why=facts.get("why", ""))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Seconds between SIGTERM and SIGKILL.
 _TERM_TO_KILL = 0.1
+#: Seconds between two tries to interrupt a task. Python hears of a signal that falls into C code only behind it: if a
+#: blocking call comes first, that has to be interrupted too.
+_NUDGE = 0.05
 #: Seconds for which the thread stays awake after the last job, so that the next one need not wake it.
 _LINGER = 1.0
 
@@ -93,6 +96,8 @@ class Watchdog(threading.Thread):
                 current.soft_at = inf
                 soft = current.soft
                 worker.interrupt()
+            elif current.unheard:
+                worker.nudge()
             if current.batched and now >= current.started + self.HAND_BACK:
                 current.long = self._reading = True
                 returned = worker.hand_back()
@@ -102,7 +107,7 @@ class Watchdog(threading.Thread):
         if soft is not None:
             worker.send(encode(Kind.SOFT, current.job, a=soft))
         self._give_back(returned)
-        alarm = worker.alarm()
+        alarm = min(worker.alarm(), now + _NUDGE if current.unheard else inf)
         return alarm if alarm < inf else now + _LINGER
 
     def _listen(self) -> None:
@@ -117,6 +122,15 @@ class Watchdog(threading.Thread):
         for frame in frames:
             if frame.kind is Kind.SIGNAL:
                 self._signal(frame)
+            elif frame.kind is Kind.SHRINK:
+                self._ask_to_shrink(frame)
+
+    def _ask_to_shrink(self, frame: Frame) -> None:
+        with self._worker.gate:  # so that it cannot hit the next job
+            current = self._worker.current
+            if current is not None and current.job == frame.job:
+                current.over = int(frame.a), int(frame.b)
+                self._worker.interrupt()
 
     def _signal(self, frame: Frame) -> None:
         worker, signum = self._worker, frame.flag

@@ -26,11 +26,12 @@ from math import inf
 from types import FrameType
 from typing import Any, NoReturn
 
-from mpworker.errors import PayloadError
+from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
 from mpworker.pool.facts import Lane
-from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.memory import resident
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
@@ -42,6 +43,8 @@ EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: Bytes that earlier jobs may leave here without a word.
+_CRUMBS = 1 << 20
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
 
@@ -63,6 +66,11 @@ class Current:
     #: when it may tell its progress again, and what it has not told since
     tell_at: float = 0.0
     untold: tuple[float, float, str] | None = None
+    #: its memory limit and what it uses, once that is too much
+    over: tuple[int, int] | None = None
+    #: it has been interrupted and does not know it yet; and perhaps once more than needed
+    unheard: bool = False
+    nudged: bool = False
 
 
 class Worker:
@@ -87,6 +95,7 @@ class Worker:
         self._sending = threading.Lock()
         self._unsent = b""
         self._peak = 0.0
+        self._fresh = 0  # bytes in memory before the first job
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
@@ -112,6 +121,7 @@ class Worker:
             raise SystemExit(EX_UNREADY) from None
         signal.signal(signal.SIGUSR1, self._on_soft_limit)
         self.watchdog.start()
+        self._fresh = resident()
         self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
         while (frame := self._next()) is not None:
             self._execute(frame)
@@ -194,7 +204,9 @@ class Worker:
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
-        if soft:  # an earlier task may have meddled with its signal
+        if frame.flag & RATIONED:
+            self._tell_kept(job)
+        if soft or frame.flag & RATIONED:  # an earlier task may have meddled with its signal
             signal.signal(signal.SIGUSR1, self._on_soft_limit)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
         self.send(encode(Kind.STARTED, job, a=started))
@@ -214,6 +226,12 @@ class Worker:
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
         self._report(job, flag, time.monotonic() - started, body)
+
+    def _tell_kept(self, job: int) -> None:
+        """Before a job with a memory limit: what others have left here, which is not its doing."""
+        if (kept := resident() - self._fresh) > _CRUMBS:
+            with self._sending:
+                self._unsent += encode(Kind.KEPT, job, a=kept)
 
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         booting.flush_streams()
@@ -290,7 +308,7 @@ class Worker:
             self._interruptible = interruptible
         if interruptible and self._soft_due:
             self._soft_due = False
-            self._on_soft_limit(signal.SIGUSR1, sys._getframe())
+            self._strike(sys._getframe())
 
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
@@ -324,6 +342,14 @@ class Worker:
 
     def interrupt(self) -> None:
         """Raises the soft limit's exception in the task thread, out of a system call if need be."""
+        if self.current is not None:
+            self.current.unheard = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def nudge(self) -> None:
+        """Once more, if the first time fell into C code and a system call came behind it."""
+        if self.current is not None:
+            self.current.nudged = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def stack(self) -> str:
@@ -334,8 +360,16 @@ class Worker:
         return "".join(traceback.format_list(entries[ours[-1] + 1 if ours else 0 :]))
 
     def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
-        if self.current is None or os.getpid() != self._pid:
+        current = self.current
+        if current is None or os.getpid() != self._pid:
             return
+        if current.nudged and not current.unheard:
+            current.nudged = False  # it has been heard meanwhile
+            return
+        current.unheard = False
+        self._strike(frame)
+
+    def _strike(self, frame: FrameType | None) -> None:
         if not self._interruptible:
             self._soft_due = True  # the task is about to begin, or has just ended
         elif not coroutines.interrupt(frame, self._soft_exception):
@@ -346,7 +380,11 @@ class Worker:
 
     def _soft_exception(self) -> BaseException:
         current = self.current
-        error: BaseException = self._soft_error(current.soft if current and current.soft else None)
+        error: BaseException
+        if current is not None and current.over is not None:
+            error, current.over = MemoryLimitExceeded(*current.over), None
+        else:
+            error = self._soft_error(current.soft if current and current.soft else None)
         self._soft_raised = error
         return error
 

@@ -89,6 +89,12 @@ class World:
         if action.worker in self.workers:  # it may be that its exit is not known to the ledger yet
             self.workers[action.worker].killed += 1
 
+    def _asktoshrink(self, action: f.AskToShrink) -> None:
+        job = self.workers[action.worker].running
+        assert job is not None
+        assert job.id == action.job
+        assert action.used > action.limit
+
     def _tell(self, action: f.Tell) -> None:
         frame = action.frame
         assert not self.finished, "something follows the end"
@@ -515,9 +521,9 @@ class Pool(RuleBasedStateMachine):
         self.hooked: set[int] = set()
         self.closed = False
 
-    @initialize(size=st.integers(1, 4), max_tasks=st.sampled_from([0, 0, 1, 3]))
-    def start(self, size: int, max_tasks: int) -> None:
-        self.world = World(size, max_tasks=max_tasks)
+    @initialize(size=st.integers(1, 4), max_tasks=st.sampled_from([0, 0, 1, 3]), memory_limit=st.sampled_from([0, 100]))
+    def start(self, size: int, max_tasks: int, memory_limit: int) -> None:
+        self.world = World(size, max_tasks=max_tasks, memory_limit=memory_limit)
 
     def pick(self, luck: int, *conditions: str) -> int | None:
         fitting = [
@@ -576,6 +582,14 @@ class Pool(RuleBasedStateMachine):
         if worker is not None and (job := self.world.workers[worker].running) is not None and job.hard:
             self.world.tell(f.JobExpired(worker, job.id, "somewhere"))
             self.world.workers[worker].killed += 1
+
+    @open_rule(luck=st.integers(0, 100), used=st.sampled_from([50, 120, 200]), kept=st.sampled_from([0, 0, 100]))
+    def use_memory(self, luck: int, used: int, kept: int) -> None:
+        worker = self.pick(luck, "running")
+        if worker is not None and (job := self.world.workers[worker].running) is not None and job.memory:
+            if kept:
+                self.world.tell(f.MemoryKept(worker, job.id, kept))
+            self.world.tell(f.MemoryUsed(worker, job.id, used))
 
     @open_rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))
     def wait(self, seconds: float) -> None:
