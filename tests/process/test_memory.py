@@ -55,8 +55,10 @@ def hold_on(size: int) -> None:
 
 
 def hold_the_gil(size: int) -> None:
+    usleep = ctypes.PyDLL(None).usleep  # first: between the next two lines Python hears no signal
     block = b"x" * size
-    ctypes.PyDLL(None).usleep(20_000_000 if block else 0)
+    usleep(20_000_000)
+    del block
 
 
 def hold_in_a_child(size: int) -> None:
