@@ -83,6 +83,7 @@ class Dispatcher:
             options["max_tasks"],
             options["max_memory"],
             options["memory_limit"],
+            options["warm"],
         )
         self._sampler = Sampler()
         if boot.flag:
@@ -106,6 +107,7 @@ class Dispatcher:
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
             f.Spawn: self._spawn,
+            f.Promote: self._promote,
             f.Assign: self._assign,
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
@@ -268,6 +270,14 @@ class Dispatcher:
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
         self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}")
 
+    def _promote(self, action: f.Promote) -> None:
+        worker, slot = action
+        if worker in self._wires:
+            crew, wire, _, reader = self._wires[worker]
+            crew.slot, reader.peer = slot, f"worker {slot}"
+            wire.put(Frame(Kind.TURN, slot))
+            self._touched.add(worker)
+
     def _boot_frame(self) -> bytes:
         return encode(Kind.BOOT, flag=1, body=self._boot.body)
 
@@ -385,7 +395,7 @@ class Dispatcher:
         crews = [
             {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
             for crew in self._fleet.crews.values()
-            if crew.pid
+            if crew.pid and crew.slot != f.NO_SLOT
         ]
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(crews).encode()))
 

@@ -87,17 +87,20 @@ class ProcessPool(Executor):
             raise ConfigurationError(f"start_method must be one of {', '.join(START_METHODS)}, not {start_method!r}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
+        size = _count("max_workers", max_workers) or pool_size()
+        self._slot_env = variables_of_slots(slot_env, size)
         self._options = PoolOptions(
-            size=_count("max_workers", max_workers) or pool_size(),
+            size=size,
             start_method=start_method,
             ready_timeout=_limit("ready_timeout", ready_timeout),
             callback_limit=_limit("callback_timeout", callback_timeout),
             max_tasks=_count("max_tasks_per_worker", max_tasks_per_worker),
             max_memory=_bytes("max_memory_per_worker", max_memory_per_worker),
             memory_limit=_bytes("max_memory_per_worker", max_memory_per_worker) if can_tell() else 0,
+            # Variables of a slot are there before anything is imported, and two processes must not share them.
+            warm=not self._slot_env,
         )
         self._initializer = (initializer, initargs) if initializer else None
-        self._slot_env = variables_of_slots(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         self._lock = threading.Lock()

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from mpworker.pool.frames import Frame
 from mpworker.states import JobState, WorkerState
 
+#: Of a spare.
+NO_SLOT = -1
+
 
 class Lane(IntEnum):
     """A queue with workers of its own."""
@@ -254,9 +257,18 @@ class Ticked(NamedTuple):
 
 
 class Spawn(NamedTuple):
+    """Slot ``NO_SLOT`` is for a spare, which loads the application and then waits until it is promoted."""
+
     worker: int
     slot: int
     lane: Lane
+
+
+class Promote(NamedTuple):
+    """The spare gets the slot of one that is gone: from here on it is a worker that starts."""
+
+    worker: int
+    slot: int
 
 
 class Assign(NamedTuple):
@@ -306,4 +318,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Assign | Dismiss | Signal | Kill | AskToShrink | Tell | Finish
+Action = Spawn | Promote | Assign | Dismiss | Signal | Kill | AskToShrink | Tell | Finish

@@ -48,6 +48,7 @@ class Kind(IntEnum):
     # dispatcher → worker
     JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
+    TURN = 14  # job: the slot of a worker that was started without one
     # dispatcher → watchdog
     SIGNAL = 12  # job, flag: signal
     SHRINK = 13  # job, a: memory limit in bytes, b: how much it has been seen to use

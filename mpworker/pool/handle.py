@@ -59,6 +59,8 @@ class PoolOptions:
     max_memory: int = 0
     #: for a task, while it runs, that brings no limit of its own
     memory_limit: int = 0
+    #: a successor is started before its predecessor has gone
+    warm: bool = True
     label: str = ""
 
     def to_json(self) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 from mpworker.pool import facts as f
 from mpworker.pool.facts import Action, Job, Lane, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
-from mpworker.pool.lanes import MAX_BOOT_FAILURES, LaneBook
+from mpworker.pool.lanes import MAX_BOOT_FAILURES, WORN, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
 from mpworker.pool.quota import Quota
 from mpworker.states import JobState, WorkerState
@@ -52,6 +52,7 @@ class Ledger:
         callback_limit: hard limit of each callback in seconds.
         max_tasks: jobs after which a worker is replaced, 0 for never.
         max_memory: peak memory in bytes after which it is replaced (checked between jobs), 0 for never.
+        warm: a successor is prepared before a worker has to be replaced for its tasks or its memory.
         memory_limit: bytes that a job may use which brings no limit of its own, 0 for no limit.
     """
 
@@ -63,6 +64,7 @@ class Ledger:
         max_tasks: int = 0,
         max_memory: int = 0,
         memory_limit: int = 0,
+        warm: bool = True,
     ) -> None:
         self.jobs: dict[int, Job] = {}
         #: answers that came too late
@@ -74,7 +76,7 @@ class Ledger:
         self._hooks = LaneBook(Lane.HOOKS, 0, ready_timeout, 0, ids, self._out)
         self._books = (self._tasks, self._hooks)
         self._ready_timeout, self._callback_limit, self._max_memory = ready_timeout, callback_limit, max_memory
-        self._max_tasks = max_tasks
+        self._max_tasks, self._warm = max_tasks, warm
         self.quota = Quota(memory_limit, self._out)
         self._next_hook = _HOOK_ID
         self._hook_load = 0
@@ -147,6 +149,8 @@ class Ledger:
             return self._tasks, found
         if found := self._hooks.workers.get(worker):
             return self._hooks, found
+        if (spare := self._tasks.spare) is not None and spare.id == worker:
+            return self._tasks, spare
         return None
 
     # -- what the parent asks ------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ class Ledger:
         for job in list(self.jobs.values()):
             if job.lane is Lane.TASKS and job.worker is None:
                 self._end(job, JobState.CANCELLED, _STOPPED, now)
-        for worker in list(self._tasks.workers.values()):
+        for worker in self._tasks.everybody():
             for job in worker.jobs:
                 job.verdict = job.verdict or (JobState.CANCELLED, _STOPPED)
             self._end_worker(self._tasks, worker, now)
@@ -249,6 +253,8 @@ class Ledger:
         if found := self._find(event.worker):
             book, worker = found
             book.ready(worker, event.pid, now)
+            if self._warm and self._max_tasks and book is self._tasks:
+                book.wears_out(worker, now)
 
     def _unready(self, event: f.WorkerUnready, now: float) -> None:
         found = self._find(event.worker) if event.worker is not None else None
@@ -329,7 +335,9 @@ class Ledger:
         else:
             self._honour(call, now)
             self._finish(job, event, now)
-        worn = (self._max_tasks and worker.done >= self._max_tasks) or 0 < self._max_memory < event.max_rss
+        if self._warm and self._max_tasks and book is self._tasks:
+            book.wears_out(worker, now)
+        worn = (self._max_tasks and worker.done >= self._max_tasks) or self._outgrown(event.max_rss, now)
         if not worn and worker.state is _BUSY:
             book.hand_out(worker, now)
         elif worn and book is self._tasks and worker.state is _BUSY:
@@ -353,10 +361,16 @@ class Ledger:
         job.state = JobState.FAILED if flag == _ERROR else JobState.DONE
         del self.jobs[job.id]
         self._out.append(f.Tell(Frame(_DONE, job.id, flag, runtime, max_rss, pack_start(at, worker.pid), body)))
-        if 0 < self._max_memory < max_rss:
+        if self._max_memory and self._outgrown(max_rss, now):
             self._tasks.retire(worker, now)
         else:
             self._tasks.hand_out(worker, now)
+
+    def _outgrown(self, max_rss: float, now: float) -> bool:
+        """Whether a worker has used too much memory to keep it. If it is about to, a successor is prepared."""
+        if self._warm and 0 < self._max_memory * WORN < max_rss:
+            self._tasks.prepare_spare(now)
+        return 0 < self._max_memory < max_rss
 
     def _honour(self, call: f.HookCalled | None, now: float) -> None:
         """The callback that a task has asked for itself; it had ended by then, whatever became of its process."""
@@ -442,7 +456,7 @@ class Ledger:
     def _ticked(self, event: f.Ticked, now: float) -> None:
         for book in self._books:
             book.tick(now)
-            for worker in list(book.workers.values()):
+            for worker in book.everybody():
                 job = worker.running
                 if job is not None and job.guard <= now:
                     job.guard = inf
@@ -505,7 +519,7 @@ class Ledger:
     def _wind_down(self, now: float) -> None:
         if self.jobs or self.finished:
             return
-        workers = [(book, worker) for book in self._books for worker in list(book.workers.values())]
+        workers = [(book, worker) for book in self._books for worker in book.everybody()]
         for book, worker in workers:
             if worker.state is WorkerState.IDLE:
                 book.retire(worker, now)

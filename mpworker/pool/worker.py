@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from types import FrameType
@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
-from mpworker.pool.facts import Lane
+from mpworker.pool.facts import NO_SLOT, Lane
 from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.memory import resident
 from mpworker.pool.parcel import Outcome, pack_error, pack_outcome
@@ -106,12 +106,20 @@ class Worker:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def serve(self, boot: booting.Boot, prepared: bool) -> None:
-        """Gets ready and works until told to leave, or until the line ends."""
+    def serve(self, boot: booting.Boot, prepared: bool, assume: Callable[[int], None]) -> None:
+        """Gets ready and works until told to leave, or until the line ends.
+
+        Args:
+            prepared: the application is loaded already.
+            assume: called with the slot, if that comes later.
+        """
         self.send(encode(Kind.HELLO, self._pid))
         try:
             if not prepared:
                 booting.prepare(boot)
+            if self.slot == NO_SLOT:
+                self._wait_for_slot()
+                assume(self.slot)
             self._soft_error = pickle.loads(boot.soft_error)
             if boot.initializer:
                 function, args = pickle.loads(boot.initializer)
@@ -129,6 +137,18 @@ class Worker:
             function, args = pickle.loads(boot.finalizer)
             function(*args)
         coroutines.close()
+
+    def _wait_for_slot(self) -> None:
+        """For a spare: blocks until the one is gone whose place it takes."""
+        while self.slot == NO_SLOT:
+            try:
+                received = self.data.recv(CHUNK)
+            except ConnectionError:
+                received = b""
+            if not received:
+                os._exit(0)  # nothing of the user's is open yet
+            with self.gate:
+                self.take(received)
 
     def _next(self) -> Frame | None:
         """The next job; blocks. ``None`` when there will be none."""
@@ -155,6 +175,8 @@ class Worker:
                 self.inbox.append(frame)
             elif frame.kind is Kind.LEAVE:
                 self._leaving = True
+            elif frame.kind is Kind.TURN:
+                self.slot = frame.job
 
     def send(self, *pieces: bytes) -> None:
         """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""

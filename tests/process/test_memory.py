@@ -47,10 +47,10 @@ def hold(size: int, seconds: float = 20.0) -> int:
 
 def hold_on(size: int) -> None:
     """Holds it, and does not mind being asked."""
-    block = b"x" * size
-    end = time.monotonic() + 20
-    while time.monotonic() < end and block:
+    block, end = b"", time.monotonic() + 20
+    while time.monotonic() < end:
         with contextlib.suppress(BaseException):
+            block = block or b"x" * size
             time.sleep(20)
 
 

@@ -35,6 +35,7 @@ class Played:
     running: Job | None = None
     leaving: bool = False
     killed: int = 0
+    done: int = 0
 
 
 class World:
@@ -43,6 +44,7 @@ class World:
     def __init__(self, size: int = 2, **limits: Any) -> None:
         self.ledger = Ledger(size, 60.0, 5.0, **limits)
         self.size, self.now = size, 1000.0
+        self.max_tasks = limits.get("max_tasks") or inf
         self.workers: dict[int, Played] = {}
         self.frames: list[Frame] = []
         self.ends: Counter[int] = Counter()
@@ -59,17 +61,34 @@ class World:
     def _spawn(self, action: f.Spawn) -> None:
         assert action.worker not in self.workers
         assert not self.finished
+        if action.slot == f.NO_SLOT:
+            assert action.lane is Lane.TASKS
+            assert not [w for w in self.workers.values() if w.slot == f.NO_SLOT], "two spares"
+            self.workers[action.worker] = Played(action.slot, action.lane)
+            return
+        self._take_slot(action)
+        self.workers[action.worker] = Played(action.slot, action.lane)
+
+    def _promote(self, action: f.Promote) -> None:
+        spare = self.workers[action.worker]
+        assert (spare.slot, spare.ready, spare.killed) == (f.NO_SLOT, False, 0)
+        self._take_slot(f.Spawn(action.worker, action.slot, spare.lane))
+        spare.slot = action.slot
+
+    def _take_slot(self, action: f.Spawn) -> None:
         # One that not even SIGKILL ends is given up, and its slot with it.
         slots = {w.slot for w in self.workers.values() if w.lane == action.lane and w.killed < 2}
         assert action.slot not in slots, "two workers share a slot"
         assert action.slot < (self.size if action.lane is Lane.TASKS else 1), "more workers than asked for"
-        self.workers[action.worker] = Played(action.slot, action.lane)
 
     def _assign(self, action: f.Assign) -> None:
         worker = self.workers[action.worker]
         assert worker.ready
         assert not worker.leaving
         assert worker.lane is action.job.lane
+        assert worker.slot != f.NO_SLOT, "a spare gets a job"
+        held = worker.done + len(worker.inbox) + (worker.running is not None)
+        assert worker.lane is Lane.HOOKS or held < self.max_tasks, "more jobs than a worker may run"
         assert not self.ends[action.job.id], "a job that has ended is given out"
         assert not any(action.job in other.inbox or other.running is action.job for other in self.workers.values())
         worker.inbox.append(action.job)
@@ -127,12 +146,14 @@ class World:
 
     def end(self, worker: int, flag: Outcome = Outcome.VALUE, runtime: float = 0.00001, rss: float = 0.0) -> None:
         job, self.workers[worker].running = self.workers[worker].running, None
+        self.workers[worker].done += 1
         assert job is not None
         self.tell(f.JobDone(worker, job.id, flag, b"body", runtime, rss))
 
     def run(self, worker: int, flag: Outcome = Outcome.VALUE, rss: float = 0.0) -> None:
         """Begins and ends one job, and both are heard together."""
         job = self.workers[worker].inbox.pop(0)
+        self.workers[worker].done += 1
         self.tell(f.JobRan(worker, job.id, self.now, flag, b"body", 0.00001, rss))
 
     def hand_back(self, worker: int) -> None:
@@ -148,7 +169,8 @@ class World:
         if played.killed:
             self.exit(worker)
         elif not played.ready:
-            self.get_ready(worker)
+            if played.slot != f.NO_SLOT:
+                self.get_ready(worker)
         elif played.running is not None:
             self.end(worker)
         elif played.inbox:
@@ -521,9 +543,14 @@ class Pool(RuleBasedStateMachine):
         self.hooked: set[int] = set()
         self.closed = False
 
-    @initialize(size=st.integers(1, 4), max_tasks=st.sampled_from([0, 0, 1, 3]), memory_limit=st.sampled_from([0, 100]))
-    def start(self, size: int, max_tasks: int, memory_limit: int) -> None:
-        self.world = World(size, max_tasks=max_tasks, memory_limit=memory_limit)
+    @initialize(
+        size=st.integers(1, 4),
+        max_tasks=st.sampled_from([0, 0, 1, 3]),
+        memory=st.sampled_from([0, 100]),
+        warm=st.booleans(),
+    )
+    def start(self, size: int, max_tasks: int, memory: int, warm: bool) -> None:
+        self.world = World(size, max_tasks=max_tasks, max_memory=memory, memory_limit=memory, warm=warm)
 
     def pick(self, luck: int, *conditions: str) -> int | None:
         fitting = [
@@ -550,11 +577,11 @@ class Pool(RuleBasedStateMachine):
             if (worker := self.pick(luck)) is not None:
                 self.world.step(worker)
 
-    @open_rule(luck=st.integers(0, 100))
-    def run(self, luck: int) -> None:
+    @open_rule(luck=st.integers(0, 100), rss=st.sampled_from([0.0, 90.0, 120.0]))
+    def run(self, luck: int, rss: float) -> None:
         worker = self.pick(luck, "ready", "inbox")
         if worker is not None and (played := self.world.workers[worker]).running is None and not played.killed:
-            self.world.run(worker)
+            self.world.run(worker, rss=rss)
 
     @open_rule(luck=st.integers(0, 100))
     def hand_back(self, luck: int) -> None:
@@ -594,7 +621,7 @@ class Pool(RuleBasedStateMachine):
     @open_rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))
     def wait(self, seconds: float) -> None:
         self.world.now += seconds
-        if any(not worker.ready for worker in self.world.workers.values()):
+        if any(not worker.ready and worker.slot != f.NO_SLOT for worker in self.world.workers.values()):
             self.world.now = min(self.world.now, self.world.ledger.next_deadline() - 1e-3)
         if self.world.ledger.next_deadline() <= self.world.now:
             self.world.tell(f.Ticked())
