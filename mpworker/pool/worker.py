@@ -117,10 +117,10 @@ class Worker:
         try:
             if not prepared:
                 booting.prepare(boot)
+            self._soft_error = pickle.loads(boot.soft_error)
             if self.slot == NO_SLOT:
                 self._wait_for_slot()
                 assume(self.slot)
-            self._soft_error = pickle.loads(boot.soft_error)
             if boot.initializer:
                 function, args = pickle.loads(boot.initializer)
                 function(*args)
