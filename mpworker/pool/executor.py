@@ -55,8 +55,8 @@ class ProcessPool(Executor):
         slot_env: environment variables of each worker: a mapping from its slot (0 to ``max_workers`` - 1, inherited by
             its replacement) to a dict, or a callable that returns such a dict, called here for each slot, now. They
             are set before the initializer, and with ``spawn`` before anything is imported. Values may be numbers.
-        max_tasks_per_worker: tasks after which a worker is replaced. Its successor is started before, and waits with the
-            initializer until its slot is free; with ``slot_env`` it is started only then.
+        max_tasks_per_worker: tasks after which a worker is replaced. Its successor is started before that, and waits
+            with the initializer until its slot is free; with ``slot_env`` it is started only then.
         max_memory_per_worker: bytes that a task may use which brings no ``memory_limit`` of its own (where the system
             has no ``/proc`` this is not watched), and peak memory after which a worker is replaced, between tasks.
         timeout, soft_timeout: limits in seconds for tasks that bring none of their own.
