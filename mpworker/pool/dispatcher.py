@@ -430,7 +430,7 @@ def _reported(crew: Crew, frame: Frame) -> Any:
     if kind is Kind.PROGRESS:
         return f.JobProgressed(crew.worker, job, a, b, body)
     if kind is Kind.KEPT:
-        return f.MemoryKept(crew.worker, job, int(a))
+        return f.MemoryKept(crew.worker, int(a))
     if kind is Kind.SOFT:
         return f.SoftLimitHit(crew.worker, job, a)
     if kind is Kind.EXPIRED:

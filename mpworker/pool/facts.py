@@ -88,8 +88,8 @@ class Worker:
     fault: str = ""
     #: a callback that goes with the running job
     call: HookCalled | None = None
-    #: its last word on what earlier jobs have left in its memory
-    kept: MemoryKept | None = None
+    #: bytes that earlier jobs have left in its memory
+    kept: int = 0
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -211,10 +211,9 @@ class JobRan(NamedTuple):
 
 
 class MemoryKept(NamedTuple):
-    """What a worker holds, before a job starts, beyond what it held when it was new."""
+    """What a worker holds, before its next job starts, beyond what it held when it was new."""
 
     worker: int
-    job: int
     size: int
 
 

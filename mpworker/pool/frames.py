@@ -66,7 +66,7 @@ class Kind(IntEnum):
     )
     RETURNED = 35  # job: one that was not started
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
-    KEPT = 37  # job that is about to start, a: bytes that earlier ones have left in this process
+    KEPT = 37  # a: bytes that jobs have left in this process, until it says otherwise
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
     # dispatcher → parent

@@ -302,7 +302,7 @@ class Ledger:
 
     def _kept(self, event: f.MemoryKept, now: float) -> None:
         if found := self._find(event.worker):
-            found[1].kept = event
+            found[1].kept = event.size
 
     def _used(self, event: f.MemoryUsed, now: float) -> None:
         if (found := self._running(event)) is not None:

@@ -58,9 +58,7 @@ class Quota:
             whether it has to be killed for that; it has been asked before.
         """
         job.rss = event.used
-        # What earlier tasks left in this process is not this one's doing.
-        kept = worker.kept.size if worker.kept is not None and worker.kept.job == job.id else 0
-        used = job.rss - kept
+        used = job.rss - worker.kept  # what earlier tasks left in this process is not this one's doing
         if used <= job.memory:
             job.asked = inf
             return False

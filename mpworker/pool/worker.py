@@ -43,8 +43,9 @@ EX_UNREADY = 70
 _JOIN_BELOW = 1 << 16
 _MAX_REVOKED = 1024
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-#: Bytes that earlier jobs may leave here without a word.
+#: Bytes that earlier jobs may leave here without a word, and the seconds in which a row of tiny ones cannot leave more.
 _CRUMBS = 1 << 20
+_READ_PAUSE = 0.02
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
 
@@ -95,7 +96,8 @@ class Worker:
         self._sending = threading.Lock()
         self._unsent = b""
         self._peak = 0.0
-        self._fresh = 0  # bytes in memory before the first job
+        self._fresh = self._kept = 0  # bytes in memory: before the first job; later, beyond that, as last told
+        self._read_at = -inf  # when they were last read; nothing large can have happened since, if not -inf
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
@@ -227,7 +229,7 @@ class Worker:
             self.send(encode(Kind.RETURNED, job))
             return
         if frame.flag & RATIONED:
-            self._tell_kept(job)
+            self._tell_kept(started)
         if soft or frame.flag & RATIONED:  # an earlier task may have meddled with its signal
             signal.signal(signal.SIGUSR1, self._on_soft_limit)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
@@ -249,16 +251,23 @@ class Worker:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
         self._report(job, flag, time.monotonic() - started, body)
 
-    def _tell_kept(self, job: int) -> None:
+    def _tell_kept(self, now: float) -> None:
         """Before a job with a memory limit: what others have left here, which is not its doing."""
-        if (kept := resident() - self._fresh) > _CRUMBS:
+        if now < self._read_at + _READ_PAUSE:
+            return
+        self._read_at = now
+        kept = max(0, resident() - self._fresh)
+        if abs(kept - self._kept) > _CRUMBS:
+            self._kept = kept
             with self._sending:
-                self._unsent += encode(Kind.KEPT, job, a=kept)
+                self._unsent += encode(Kind.KEPT, a=kept)
 
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         booting.flush_streams()
         if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        if runtime > _LITTLE:
+            self._read_at = -inf
         peak = self._peak
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:

@@ -123,6 +123,6 @@ def test_a_worker_that_nears_its_memory_limit_has_a_successor_too() -> None:
             assert pool.submit(swell, size).result(PATIENCE) == first
             size += 2 << 20
         (spare,) = spares_of(pool)
-        while (pid := pool.submit(swell, size).result(PATIENCE)) == first:
+        while (pid := pool.schedule(swell, (size,), memory_limit=1 << 40).result(PATIENCE)) == first:
             size += 5 << 20
         assert pid == spare

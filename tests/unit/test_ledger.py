@@ -615,7 +615,7 @@ class Pool(RuleBasedStateMachine):
         worker = self.pick(luck, "running")
         if worker is not None and (job := self.world.workers[worker].running) is not None and job.memory:
             if kept:
-                self.world.tell(f.MemoryKept(worker, job.id, kept))
+                self.world.tell(f.MemoryKept(worker, kept))
             self.world.tell(f.MemoryUsed(worker, job.id, used))
 
     @open_rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))

@@ -108,17 +108,18 @@ def test_what_earlier_jobs_left_is_not_counted(world: World) -> None:
     world.end(0)
     world.tell(f.MemoryLimited(8, LIMIT))
     world.submit(8)
-    world.tell(f.MemoryKept(0, 8, 5 * LIMIT))
+    world.tell(f.MemoryKept(0, 5 * LIMIT))
     world.begin(0)
     assert use(world, 6 * LIMIT, job=8) == []
     assert use(world, 6 * LIMIT + 1, job=8) == [f.AskToShrink(0, 8, LIMIT, LIMIT + 1)]
 
 
-def test_nor_does_it_excuse_the_job_behind(world: World) -> None:
-    world.tell(f.MemoryKept(0, 7, 5 * LIMIT))
+def test_once_it_is_freed_it_excuses_nobody(world: World) -> None:
+    world.tell(f.MemoryKept(0, 5 * LIMIT))
     world.end(0)
     world.tell(f.MemoryLimited(8, LIMIT))
     world.submit(8)
+    world.tell(f.MemoryKept(0, 0))
     world.begin(0)
     assert use(world, LIMIT + 1, job=8) == [f.AskToShrink(0, 8, LIMIT, LIMIT + 1)]
 
