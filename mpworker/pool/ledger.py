@@ -21,7 +21,7 @@ from mpworker.pool.facts import Action, Job, Lane, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, WORN, LaneBook
 from mpworker.pool.parcel import Outcome, pack_verdict
-from mpworker.pool.quota import Quota
+from mpworker.pool.quota import Quota, over_quota
 from mpworker.states import JobState, WorkerState
 
 #: Seconds after a hard limit at which the dispatcher steps in, because the watchdog evidently cannot.
@@ -556,6 +556,8 @@ def _timed_out(job: Job, stack: str = "") -> tuple[JobState, dict[str, Any]]:
 
 def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[JobState, dict[str, Any]]:
     """What a death means for the job that was running."""
+    if job.asked < inf and event.signal == signal.SIGUSR1:  # an earlier task has meddled with what should hear it
+        return over_quota(job.memory, job.rss - worker.kept)
     # The watchdog's last word may not have got out before its own signal struck.
     if job.hard and now - job.started >= job.hard and event.signal in (signal.SIGTERM, signal.SIGKILL):
         return _timed_out(job)

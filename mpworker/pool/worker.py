@@ -228,11 +228,11 @@ class Worker:
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
-        if frame.flag & RATIONED:
+        if soft:
+            self._arm()
+        if frame.flag & RATIONED and started > self._read_at + _READ_PAUSE:
+            self._arm()
             self._tell_kept(started)
-        if soft or frame.flag & RATIONED:  # an earlier task may have meddled with its signal
-            signal.signal(signal.SIGUSR1, self._on_soft_limit)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
         self.send(encode(Kind.STARTED, job, a=started))
         self.watchdog.expect(self.alarm())
         flag, body = self._run(frame)
@@ -251,10 +251,13 @@ class Worker:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
         self._report(job, flag, time.monotonic() - started, body)
 
+    def _arm(self) -> None:
+        """An earlier task may have meddled with the signal of the soft limits."""
+        signal.signal(signal.SIGUSR1, self._on_soft_limit)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+
     def _tell_kept(self, now: float) -> None:
         """Before a job with a memory limit: what others have left here, which is not its doing."""
-        if now < self._read_at + _READ_PAUSE:
-            return
         self._read_at = now
         kept = max(0, resident() - self._fresh)
         if abs(kept - self._kept) > _CRUMBS:

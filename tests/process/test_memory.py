@@ -66,6 +66,13 @@ def hold_in_a_child(size: int) -> None:
     subprocess.run([sys.executable, "-c", text], check=True)
 
 
+def tamper(how: str) -> None:
+    if how == "block":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    else:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL if how == "default" else signal.SIG_IGN)
+
+
 def let_go(size: int) -> str:
     """Frees what it has when it is asked, and goes on."""
     block = b"x" * size
@@ -140,7 +147,16 @@ def test_who_does_not_listen_is_killed(pool: ProcessPool, task: object, tmp_path
     assert [line.split()[1:3] for line in support.lines(log)] == [["error", "MemoryLimitExceeded"]]
 
 
+@pytest.mark.parametrize("how", ["default", "ignore", "block"])
+def test_an_earlier_task_cannot_disarm_it(pool: ProcessPool, how: str) -> None:
+    limit = limit_in(pool)
+    tampered = pool.schedule(tamper, (how,), memory_limit=limit)
+    check(pool.schedule(hold, (A_BIT_MORE,), memory_limit=limit).exception(PATIENCE), limit)
+    assert tampered.result(PATIENCE) is None
+
+
 def test_far_above_the_limit_there_is_no_time(pool: ProcessPool) -> None:
+    limit_in(pool)  # so that it is asked in the task, and not while it imports this module
     begun = time.monotonic()
     check(pool.schedule(hold_on, (ROOM,), memory_limit=5 * MB).exception(PATIENCE), 5 * MB)
     assert time.monotonic() - begun < GRACE / 2 + SLACK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from math import inf
 
 import pytest
@@ -140,6 +141,12 @@ def test_an_end_that_crosses_the_kill_is_the_kills(world: World) -> None:
     assert world.verdict(7)[0] is JobState.FAILED
     world.exit(0)
     assert world.kinds(7) == [Kind.STARTED, Kind.ENDED]
+
+
+def test_one_that_the_asking_itself_has_ended_was_too_big_all_the_same(world: World) -> None:
+    use(world, LIMIT + 1)
+    world.exit(0, None, signal.SIGUSR1)
+    assert world.verdict(7) == (JobState.FAILED, {"state": "failed", "memory_limit": LIMIT, "used": LIMIT + 1})
 
 
 def test_a_dead_workers_job_is_not_looked_at_any_more(world: World) -> None:
