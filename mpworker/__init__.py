@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mpworker.celery.app import app as app
     from mpworker.celery.app import install as install
+    from mpworker.errors import MemoryLimitExceeded as MemoryLimitExceeded
     from mpworker.errors import MPWorkerError as MPWorkerError
     from mpworker.errors import RemoteTraceback as RemoteTraceback
     from mpworker.errors import SoftTimeLimitExceeded as SoftTimeLimitExceeded
@@ -42,6 +43,7 @@ _HOME = {
     "MPWorkerError": "mpworker.errors",
     "SoftTimeLimitExceeded": "mpworker.errors",
     "TimeLimitExceeded": "mpworker.errors",
+    "MemoryLimitExceeded": "mpworker.errors",
     "WorkerLost": "mpworker.errors",
     "TaskCancelled": "mpworker.errors",
     "RemoteTraceback": "mpworker.errors",

@@ -11,6 +11,7 @@ MPWorkerError
 ├── StoreError                  a result could not be written or read
 ├── SoftTimeLimitExceeded       raised *inside* a task that may still clean up
 ├── TimeLimitExceeded           the task was killed at its limit (also a ``TimeoutError``)
+├── MemoryLimitExceeded         raised inside a task that uses too much memory, or why it was killed (a ``MemoryError``)
 ├── TaskCancelled               the task was cancelled (also a ``CancelledError``)
 └── WorkerLost                  the process that ran the task died
 
@@ -113,6 +114,24 @@ class TimeLimitExceeded(MPWorkerError, TimeoutError):
         return f"killed at its time limit of {self.limit:g} s" if self.limit is not None else "killed at its time limit"
 
 
+class MemoryLimitExceeded(MPWorkerError, MemoryError):
+    """The task used more memory than it may: raised inside it, or its process was killed because that did not help.
+
+    Args:
+        limit: in bytes, ``None`` where it is not known.
+        used: by the task when it was last seen, in bytes; ``None`` where it is not known.
+    """
+
+    def __init__(self, limit: int | None = None, used: int | None = None) -> None:
+        super().__init__(limit, used)
+        self.limit, self.used = limit, used
+
+    def __str__(self) -> str:
+        if self.limit is None or self.used is None:
+            return "the memory limit has been passed"
+        return f"the memory limit has been passed: used {_mebibytes(self.used)}, limit {_mebibytes(self.limit)}"
+
+
 class TaskCancelled(MPWorkerError, CancelledError):
     """The task was cancelled, before it started or while it ran (then its process was ended)."""
 
@@ -124,9 +143,14 @@ class WorkerLost(MPWorkerError):
         pid: of the process that died, ``None`` where it is not known.
         exitcode: its exit code, ``None`` when a signal ended it.
         signal: the number of that signal, else ``None``.
-        max_rss: the most memory it was seen to use, in bytes, ``None`` where it is not known.
+        max_rss: the most memory that the process ever used, in bytes, ``None`` where it is not known.
         by_pool: the pool itself sent the signal (so it was not the kernel's OOM killer).
         why: what else is known.
+        rss: the memory of the process and of what its task had started when that was last looked at, in bytes; known
+            only for tasks with a memory limit, else ``None``.
+        runtime: how long the task had run, in seconds, ``None`` where it is not known.
+        oom_killed: the kernel's out-of-memory killer has struck, since the pool last started a worker, in its control
+            group or, where the kernel counts no nearer, on its machine. ``False`` also where the kernel does not say.
     """
 
     def __init__(
@@ -137,10 +161,14 @@ class WorkerLost(MPWorkerError):
         max_rss: int | None = None,
         by_pool: bool = False,
         why: str = "",
+        rss: int | None = None,
+        runtime: float | None = None,
+        oom_killed: bool = False,
     ) -> None:
-        super().__init__(pid, exitcode, signal, max_rss, by_pool, why)
+        super().__init__(pid, exitcode, signal, max_rss, by_pool, why, rss, runtime, oom_killed)
         self.pid, self.exitcode, self.signal, self.max_rss = pid, exitcode, signal, max_rss
         self.by_pool, self.why = by_pool, why
+        self.rss, self.runtime, self.oom_killed = rss, runtime, oom_killed
 
     def __str__(self) -> str:
         who = f"worker process {self.pid}" if self.pid else "the worker process"
@@ -150,10 +178,13 @@ class WorkerLost(MPWorkerError):
             how = f"exited with code {self.exitcode}"
         else:
             how = "was lost"
+        when = f", after {self.runtime:.3g} s" if self.runtime is not None else ""
         rss = f"; it had used up to {self.max_rss / 2**20:.0f} MiB" if self.max_rss else ""
+        rss += f"; the task was last seen with {_mebibytes(self.rss)}" if self.rss else ""
         oom = "; out of memory?" if self.signal == _signal.SIGKILL and not self.by_pool else ""
+        oom = "; killed by the kernel's out-of-memory killer" if self.oom_killed else oom
         why = f"; {self.why}" if self.why else ""
-        return f"{who} {how} while it ran the task{rss}{oom}{why}"
+        return f"{who} {how} while it ran the task{when}{rss}{oom}{why}"
 
 
 class RemoteTraceback(Exception):
@@ -165,6 +196,10 @@ class RemoteTraceback(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.text}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB" if size < 10 << 20 else f"{size / 2**20:.0f} MiB"
 
 
 def _signal_name(number: int) -> str:

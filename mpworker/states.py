@@ -21,7 +21,7 @@ class JobState(Enum):
     RUNNING = "running"
     #: returned a value
     DONE = "done"
-    #: raised
+    #: raised, or was killed because it used too much memory
     FAILED = "failed"
     #: killed at its hard limit
     TIMED_OUT = "timed_out"

@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 import traceback
+from functools import partial
 from typing import NoReturn
 
 from mpworker.pool import boot as booting
 from mpworker.pool import linux, worker
-from mpworker.pool.facts import Lane
+from mpworker.pool.facts import NO_SLOT, Lane
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
 from mpworker.pool.page import Page
 from mpworker.pool.slots import SLOT_VARIABLE
@@ -33,7 +34,7 @@ def become_worker(
 
     Args:
         data, control, page: descriptors of the two lines and of the page.
-        slot: its number in the pool, inherited by its replacement.
+        slot: its number in the pool, inherited by its replacement; ``NO_SLOT`` for a spare, which is told later.
         dispatcher: pid of the process whose child this is.
         prepared: the application is loaded already.
     """
@@ -45,15 +46,14 @@ def become_worker(
         with contextlib.suppress(PermissionError):  # a session leader already
             os.setpgid(0, 0)
         _reset_signals()
-        _set_environment(slot, Lane(lane), boot)
-        role = "callbacks" if lane == Lane.HOOKS else f"worker {slot}"
-        set_title(f"mpworker: {role}{boot.label}")
-        _look_like_a_child(role.replace(" ", "-"))
+        _look_like_a_child()
+        assume = partial(_assume, Lane(lane), boot)
+        assume(slot)
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
         lines = socket.socket(fileno=data), socket.socket(fileno=control)
         worker.this_worker = Worker(*lines, Page(page, mine=True), Lane(lane), slot)
-        worker.this_worker.serve(boot, prepared)
+        worker.this_worker.serve(boot, prepared, assume)
         code = 0
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 1
@@ -75,16 +75,23 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def _assume(lane: Lane, boot: booting.Boot, slot: int) -> None:
+    """Environment, title and name of a slot."""
+    _set_environment(slot, lane, boot)
+    role = "callbacks" if lane is Lane.HOOKS else "spare" if slot == NO_SLOT else f"worker {slot}"
+    set_title(f"mpworker: {role}{boot.label}")
+    multiprocessing.process.current_process().name = role.replace(" ", "-")
+
+
 def _set_environment(slot: int, lane: Lane, boot: booting.Boot) -> None:
     os.environ.pop(SLOT_VARIABLE, None)  # of a worker that this pool was started in
-    if lane is Lane.TASKS:
+    if lane is Lane.TASKS and slot != NO_SLOT:
         os.environ.update(boot.slot_env.get(slot, {}))
         os.environ[SLOT_VARIABLE] = str(slot)
 
 
-def _look_like_a_child(name: str) -> None:
+def _look_like_a_child() -> None:
     # What multiprocessing's own bootstrap does for its children, minus the daemon flag: tasks may have children.
-    multiprocessing.process.current_process().name = name
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
 

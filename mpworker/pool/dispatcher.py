@@ -29,8 +29,20 @@ from mpworker.pool import linux
 from mpworker.pool import page as pages
 from mpworker.pool.facts import Job, Lane, Span, open_span
 from mpworker.pool.fleet import Crew, Exit, Fleet
-from mpworker.pool.frames import BATCHED, LONGEST_WAIT, Frame, FrameReader, Kind, Outbox, encode, pack_start, receive
+from mpworker.pool.frames import (
+    BATCHED,
+    LONGEST_WAIT,
+    RATIONED,
+    Frame,
+    FrameReader,
+    Kind,
+    Outbox,
+    encode,
+    pack_start,
+    receive,
+)
 from mpworker.pool.ledger import Ledger
+from mpworker.pool.memory import Sampler
 from mpworker.pool.nursery import Nursery
 from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
@@ -79,7 +91,10 @@ class Dispatcher:
             options["callback_limit"],
             options["max_tasks"],
             options["max_memory"],
+            options["memory_limit"],
+            options["warm"],
         )
+        self._sampler = Sampler()
         if boot.flag:
             self._ledger.resume()
         self._selector = selectors.DefaultSelector()
@@ -102,11 +117,13 @@ class Dispatcher:
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
             f.Spawn: self._spawn,
+            f.Promote: self._promote,
             f.Assign: self._assign,
             f.Look: self._look,
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
+            f.AskToShrink: self._ask_to_shrink,
             f.Tell: self._tell,
             f.Finish: self._finish,
         }
@@ -127,6 +144,8 @@ class Dispatcher:
             now = time.monotonic()
             if self._due(now):
                 self._apply(f.Ticked())
+            if self._ledger.quota.watched and now >= self._sampler.due:
+                self._apply(*self._sampler.look(self._ledger.quota.running(), now))
             self._nursery.tick(now)
             self._flush()
             if self._batching:
@@ -152,6 +171,8 @@ class Dispatcher:
     def _patience(self) -> float:
         deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
         deadline = min(deadline, self._nursery.deadline)
+        if self._ledger.quota.watched:
+            deadline = min(deadline, self._sampler.due)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         if self._parent_watched:
             return patience
@@ -280,6 +301,14 @@ class Dispatcher:
         self._parent.put_fd(crew.page_fd)
         self._show_workers()
 
+    def _promote(self, action: f.Promote) -> None:
+        worker, slot = action
+        if worker in self._wires:
+            crew, wire, _, reader = self._wires[worker]
+            crew.slot, reader.peer = slot, f"worker {slot}"
+            wire.put(Frame(Kind.TURN, slot))
+            self._touched.add(worker)
+
     def _boot_frame(self) -> bytes:
         return encode(Kind.BOOT, flag=1, body=self._boot.body)
 
@@ -290,7 +319,7 @@ class Dispatcher:
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
         elif action.worker in self._wires and type(job) is Job:
-            flag = job.flag | (BATCHED if action.batched else 0)
+            flag = job.flag | (BATCHED if action.batched else 0) | (RATIONED if job.memory else 0)
             frame = Frame(_JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
@@ -311,6 +340,12 @@ class Dispatcher:
     def _signal(self, action: f.Signal) -> None:
         if action.worker in self._wires:
             self._wires[action.worker][2].put(encode(Kind.SIGNAL, action.job, action.signum))
+            self._touched.add(action.worker)
+
+    def _ask_to_shrink(self, action: f.AskToShrink) -> None:
+        if action.worker in self._wires:
+            _, job, limit, used = action
+            self._wires[action.worker][2].put(encode(Kind.SHRINK, job, a=limit, b=used))
             self._touched.add(action.worker)
 
     def _read_worker(self, worker: int, turns: int = _READS_PER_TURN) -> None:
@@ -396,7 +431,7 @@ class Dispatcher:
             wire.close()
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
-        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss))
+        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss, end.oom))
         self._show_workers()
 
     def _hear_out(self, worker: int, crew: Crew) -> None:
@@ -423,7 +458,7 @@ class Dispatcher:
         crews = [
             {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
             for crew in self._fleet.crews.values()
-            if crew.pid
+            if crew.pid and crew.slot != f.NO_SLOT
         ]
         everything = {"workers": crews, "pages": list(self._fleet.crews)}
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(everything).encode()))
@@ -436,6 +471,8 @@ def _asked(frame: Frame) -> Any:
         return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
     if kind is _BUNDLE:
         return f.BundleSubmitted(open_span(frame, "the parent"))
+    if kind is Kind.MEMORY:
+        return f.MemoryLimited(job, int(a))
     if kind is Kind.CANCEL:
         return f.Cancelled(job, flag, a)
     if kind is Kind.RESIZE and job <= _MOST_WORKERS:
@@ -460,6 +497,8 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.HookCalled(crew.worker, job, flag, extra, body)
     if kind is Kind.PROGRESS:
         return f.JobProgressed(crew.worker, job, a, b, body)
+    if kind is Kind.KEPT:
+        return f.MemoryKept(crew.worker, int(a))
     if kind is Kind.SOFT:
         return f.SoftLimitHit(crew.worker, job, a)
     if kind is Kind.EXPIRED:

@@ -25,6 +25,7 @@ from mpworker.pool.coroutines import settle
 from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
+from mpworker.pool.memory import can_tell
 from mpworker.pool.parcel import name_of, pack_call, pack_error, unpack_error
 from mpworker.pool.slots import SlotEnv, variables_of_slots
 from mpworker.settings import START_METHODS
@@ -55,8 +56,10 @@ class ProcessPool(Executor):
         slot_env: environment variables of each worker: a mapping from its slot (0 to ``max_workers`` - 1, inherited by
             its replacement) to a dict, or a callable that returns such a dict, called here for each slot, now. They
             are set before the initializer, and with ``spawn`` before anything is imported. Values may be numbers.
-        max_tasks_per_worker: tasks after which a worker is replaced.
-        max_memory_per_worker: peak memory in bytes after which a worker is replaced, between tasks.
+        max_tasks_per_worker: tasks after which a worker is replaced. Its successor is started before that, and waits
+            with the initializer until its slot is free; with ``slot_env`` it is started only then.
+        max_memory_per_worker: bytes that a task may use which brings no ``memory_limit`` of its own (where the system
+            has no ``/proc`` this is not watched), and peak memory after which a worker is replaced, between tasks.
         timeout, soft_timeout: limits in seconds for tasks that bring none of their own.
         max_pending: unfinished tasks at which nothing more is taken; it bounds what the pool's memory holds.
         on_full: what :meth:`submit`, :meth:`schedule`, :meth:`run` and :meth:`map` do then: ``block`` until one is
@@ -89,16 +92,20 @@ class ProcessPool(Executor):
             raise ConfigurationError(f"start_method must be one of {', '.join(START_METHODS)}, not {start_method!r}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
+        size = _count("max_workers", max_workers) or pool_size()
+        self._slot_env = variables_of_slots(slot_env, size)
         self._options = PoolOptions(
-            size=_count("max_workers", max_workers) or pool_size(),
+            size=size,
             start_method=start_method,
             ready_timeout=_limit("ready_timeout", ready_timeout),
             callback_limit=_limit("callback_timeout", callback_timeout),
             max_tasks=_count("max_tasks_per_worker", max_tasks_per_worker),
-            max_memory=_count("max_memory_per_worker", max_memory_per_worker),
+            max_memory=_bytes("max_memory_per_worker", max_memory_per_worker),
+            memory_limit=_bytes("max_memory_per_worker", max_memory_per_worker) if can_tell() else 0,
+            # Variables of a slot are there before anything is imported, and two processes must not share them.
+            warm=not self._slot_env,
         )
         self._initializer = (initializer, initargs) if initializer else None
-        self._slot_env = variables_of_slots(slot_env, self._options.size)
         self._timeout, self._soft_timeout = _limit("timeout", timeout), _limit("soft_timeout", soft_timeout)
         self._max_pending = _count("max_pending", max_pending)
         if on_full not in ("block", "raise"):
@@ -136,6 +143,7 @@ class ProcessPool(Executor):
         *,
         timeout: float | None = None,
         soft_timeout: float | None = None,
+        memory_limit: int | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
     ) -> TaskFuture[T]:
@@ -144,6 +152,10 @@ class ProcessPool(Executor):
         Args:
             timeout: seconds after which its process is killed: ``TimeLimitExceeded``.
             soft_timeout: seconds after which ``SoftTimeLimitExceeded`` is raised inside the task.
+            memory_limit: bytes that its process may use, together with the processes that it has started (of the same
+                process group). Beyond that ``MemoryLimitExceeded`` is raised inside the task. If it has not come below
+                the limit a second later, or is found above one and a half times the limit, all of them are killed.
+                It is looked at ten to twenty times in a second; what earlier tasks have left is not counted.
             callback: called with the result, in the callback process.
             error_callback: called there with the exception, however the task failed. Exactly one of the two runs.
 
@@ -153,7 +165,7 @@ class ProcessPool(Executor):
 
         Raises:
             PayloadError: the call cannot be pickled.
-            ConfigurationError: a limit is not a positive number of seconds.
+            ConfigurationError: a limit is not a positive number of seconds, or of bytes.
             PoolFull: ``max_pending`` is reached, and the pool was made with ``on_full="raise"``.
             BootError: the workers cannot start (it is a ``BrokenExecutor``).
             RuntimeError: after :meth:`shutdown`.
@@ -161,7 +173,8 @@ class ProcessPool(Executor):
         hard = _limit("timeout", timeout) or self._timeout
         soft = _limit("soft_timeout", soft_timeout) or self._soft_timeout
         body, hooks = pack_call(fn, tuple(args), kwargs or {}), pack_hooks(callback, error_callback)
-        return self._send(body, soft, hard, hooks, name_of(fn) if hooks else "")
+        memory = _memory_limit(memory_limit) if memory_limit is not None else 0
+        return self._send(body, soft, hard, hooks, name_of(fn) if hooks else "", memory)
 
     async def run(
         self,
@@ -171,6 +184,7 @@ class ProcessPool(Executor):
         kwargs: dict[str, Any] | None = None,
         timeout: float | None = None,
         soft_timeout: float | None = None,
+        memory_limit: int | None = None,
         callback: Callback | None = None,
         error_callback: Callback | None = None,
     ) -> T:
@@ -188,6 +202,7 @@ class ProcessPool(Executor):
             kwargs,
             timeout=timeout,
             soft_timeout=soft_timeout,
+            memory_limit=memory_limit,
             callback=callback,
             error_callback=error_callback,
         )
@@ -218,7 +233,7 @@ class ProcessPool(Executor):
             submission.add_done_callback(_cancel_submitted)  # the thread may be at it
             raise
 
-    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str) -> TaskFuture[Any]:
+    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str, memory: int = 0) -> TaskFuture[Any]:
         core = self._started()
         if core.slots is not None:
             in_callback = threading.current_thread() is core.thread
@@ -236,7 +251,7 @@ class ProcessPool(Executor):
                 if name:
                     core.names[job] = name
                 core.counts["submitted"] += 1
-                core.handle.submit(job, body, soft=soft, hard=hard, hooks=hooks, held=True)
+                core.handle.submit(job, body, soft=soft, hard=hard, memory=memory, hooks=hooks, held=True)
                 core.send()
                 if core.ended:  # meanwhile
                     core.fail_all()
@@ -370,6 +385,20 @@ def _count(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name} must be a whole number of at least 1, not {value!r}")
     return value
+
+
+def _bytes(name: str, value: int | None) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 60:
+        raise ConfigurationError(f"{name} must be a whole number of bytes of at least 1, not {value!r:.40}")
+    return value
+
+
+def _memory_limit(value: int | None) -> int:
+    if not can_tell():
+        raise ConfigurationError("memory_limit needs /proc, where Linux tells how much memory a process uses")
+    return _bytes("memory_limit", value)
 
 
 def _limit(name: str, value: float | None) -> float:

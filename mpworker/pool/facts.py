@@ -13,6 +13,9 @@ from mpworker.errors import ProtocolError
 from mpworker.pool.frames import Frame, Kind, encode
 from mpworker.states import JobState, WorkerState
 
+#: Of a spare.
+NO_SLOT = -1
+
 
 class Lane(IntEnum):
     """A queue with workers of its own."""
@@ -49,6 +52,10 @@ class Job:
     queued: bool = False
     #: asked back by a flush, unless it has started
     recalled: bool = False
+    #: bytes that its process group may hold, 0 for no limit; when it was asked to hold less; what it was seen to hold
+    memory: int = 0
+    asked: float = inf
+    rss: int = 0
 
 
 @final
@@ -149,6 +156,8 @@ class Worker:
     fault: str = ""
     #: a callback that goes with the running job
     call: HookCalled | None = None
+    #: bytes that earlier jobs have left in its memory
+    kept: int = 0
 
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -164,6 +173,13 @@ class Submitted(NamedTuple):
 
 class BundleSubmitted(NamedTuple):
     span: Span
+
+
+class MemoryLimited(NamedTuple):
+    """Of a job that is submitted next."""
+
+    job: int
+    limit: int
 
 
 class Cancelled(NamedTuple):
@@ -277,6 +293,21 @@ class JobsRan(NamedTuple):
     frame: Frame
 
 
+class MemoryKept(NamedTuple):
+    """What a worker holds, before its next job starts, beyond what it held when it was new."""
+
+    worker: int
+    size: int
+
+
+class MemoryUsed(NamedTuple):
+    """What a job's process group has been seen to hold, in bytes."""
+
+    worker: int
+    job: int
+    used: int
+
+
 class JobReturned(NamedTuple):
     worker: int
     job: int
@@ -296,6 +327,8 @@ class WorkerGone(NamedTuple):
     exitcode: int | None
     signal: int | None
     max_rss: int | None
+    #: the kernel's out-of-memory killer has struck meanwhile
+    oom: bool = False
 
 
 class Ticked(NamedTuple):
@@ -306,9 +339,18 @@ class Ticked(NamedTuple):
 
 
 class Spawn(NamedTuple):
+    """Slot ``NO_SLOT`` is for a spare, which loads the application and then waits until it is promoted."""
+
     worker: int
     slot: int
     lane: Lane
+
+
+class Promote(NamedTuple):
+    """The spare gets the slot of one that is gone: from here on it is a worker that starts."""
+
+    worker: int
+    slot: int
 
 
 class Assign(NamedTuple):
@@ -345,6 +387,15 @@ class Kill(NamedTuple):
     signum: int
 
 
+class AskToShrink(NamedTuple):
+    """Raise an exception in the worker's task, if it still runs this job."""
+
+    worker: int
+    job: int
+    limit: int
+    used: int
+
+
 class Tell(NamedTuple):
     """To the parent."""
 
@@ -355,4 +406,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Assign | Look | Dismiss | Signal | Kill | Tell | Finish
+Action = Spawn | Promote | Assign | Look | Dismiss | Signal | Kill | AskToShrink | Tell | Finish

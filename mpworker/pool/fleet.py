@@ -28,6 +28,7 @@ from mpworker.pool import linux
 from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
+from mpworker.pool.memory import OomCounter
 from mpworker.pool.page import Page, create
 from mpworker.pool.title import PADDING
 
@@ -157,6 +158,8 @@ class Exit(NamedTuple):
     exitcode: int | None
     signal: int | None
     max_rss: int | None
+    #: the kernel's out-of-memory killer has struck meanwhile
+    oom: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -191,6 +194,7 @@ class Fleet:
         self.template: socket.socket | None = None
         self.template_pid = 0
         self._by_pid: dict[int, Crew] = {}
+        self._oom = OomCounter()
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -255,6 +259,7 @@ class Fleet:
         Raises:
             OSError: no process or descriptor can be had. Nothing is left behind.
         """
+        self._oom.forget(time.monotonic())  # a strike of long ago is not what ends a worker next
         their_page = create()
         page = Page(os.dup(their_page), worker=worker)
         data, their_data = socket.socketpair()
@@ -339,7 +344,8 @@ class Fleet:
             exitcode, signum = (None, -code) if code < 0 else (code, None)
             max_rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             if crew is not None:
-                yield Exit(crew.worker, exitcode, signum, max_rss)
+                oom = signum == signal.SIGKILL and self._oom.claims(time.monotonic())
+                yield Exit(crew.worker, exitcode, signum, max_rss, oom)
             elif info.si_pid == self.template_pid:
                 self.template_pid = 0
                 yield Exit(None, exitcode, signum, max_rss)

@@ -44,14 +44,17 @@ class Kind(IntEnum):
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     STOP = 7  # end now
+    MEMORY = 8  # job that is submitted next, a: memory limit in bytes
     BUNDLE = (
-        8  # job: the first of several, a: soft limit, b: hard limit, extra: lengths, body: calls; goes to a worker, too
+        9  # job: the first of several, a: soft limit, b: hard limit, extra: lengths, body: calls; goes to a worker, too
     )
     # dispatcher → worker
     JOB = 10  # job, flag: BATCHED or not, and for a callback the outcome kind, a: soft limit, b: hard limit
     LEAVE = 11
+    TURN = 14  # job: the slot of a worker that was started without one
     # dispatcher → watchdog
     SIGNAL = 12  # job, flag: signal
+    SHRINK = 13  # job, a: memory limit in bytes, b: how much it has been seen to use
     # template and worker → dispatcher
     HELLO = 19  # job: pid; the very first word
     READY = 20  # a: number of native threads
@@ -65,8 +68,9 @@ class Kind(IntEnum):
         34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome; extra: its start, if untold
     )
     RETURNED = 35  # job: one that was not started
-    RESULTS = 37  # of several jobs: see mpworker.pool.page
+    RESULTS = 38  # of several jobs: see mpworker.pool.page
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
+    KEPT = 37  # a: bytes that jobs have left in this process, until it says otherwise
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
     # dispatcher → parent
@@ -83,6 +87,8 @@ class Kind(IntEnum):
 
 #: In the flag of a JOB: it is, or may be, one of several on their way to the same worker.
 BATCHED = 0x80
+#: Likewise: it has a memory limit.
+RATIONED = 0x40
 
 _KINDS = {int(kind): kind for kind in Kind}
 

@@ -78,7 +78,12 @@ class PoolOptions:
     ready_timeout: float = 120.0
     callback_limit: float = 60.0
     max_tasks: int = 0
+    #: peak after which a worker is replaced, between tasks
     max_memory: int = 0
+    #: for a task, while it runs, that brings no limit of its own
+    memory_limit: int = 0
+    #: a successor is started before its predecessor has gone
+    warm: bool = True
     label: str = ""
 
     def to_json(self) -> bytes:
@@ -92,6 +97,8 @@ class _Sent:
     pieces: tuple[bytes, ...] | None
     hooks: bytes
     pid: int = 0
+    #: when it started, by ``time.monotonic()``
+    at: float = 0.0
 
 
 class Handle:
@@ -195,7 +202,15 @@ class Handle:
         return next(self._ids)
 
     def submit(
-        self, job: int, body: bytes, *, soft: float = 0.0, hard: float = 0.0, hooks: bytes = b"", held: bool = False
+        self,
+        job: int,
+        body: bytes,
+        *,
+        soft: float = 0.0,
+        hard: float = 0.0,
+        memory: int = 0,
+        hooks: bytes = b"",
+        held: bool = False,
     ) -> None:
         """Hands over a packed call.
 
@@ -203,15 +218,18 @@ class Handle:
             job: from :meth:`next_id`; its events carry it.
             body: from :func:`mpworker.pool.parcel.pack_call`.
             soft, hard: limits in seconds, 0 for none.
+            memory: limit in bytes, 0 for the pool's own.
             hooks: from :func:`mpworker.pool.callbacks.pack_hooks`.
             held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
-        if held and not hooks and len(body) < _SMALL:
+        if held and not hooks and not memory and len(body) < _SMALL:
             with self._mutex:
                 self._sent[job] = body, soft, hard
                 self._loose.append((job, body, soft, hard))
             return
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
+        if memory:
+            pieces = encode(Kind.MEMORY, job, a=memory), *pieces
         with self._mutex:
             self._sent[job] = _Sent(pieces, hooks)
             self._gather()
@@ -364,7 +382,7 @@ class Handle:
             if sent is None:
                 return False
             hooks = sent.hooks if type(sent) is _Sent else b""
-            self._sent[frame.job] = _Sent(None, hooks, int(frame.b))
+            self._sent[frame.job] = _Sent(None, hooks, int(frame.b), frame.a)
         elif kind in (Kind.DONE, Kind.ENDED):
             sent = self._sent.pop(frame.job, None)
             if type(sent) is _Sent and sent.hooks:
@@ -454,9 +472,11 @@ class Handle:
         for page in self._pages.values():
             for frame in page.left():
                 yield from self._one_by_one(frame)
+            running, started = page.running()
             for job in page.started():
                 if (sent := self._sent.get(job)) is not None:
-                    self._sent[job] = _Sent(None, sent.hooks if type(sent) is _Sent else b"", page.pid)
+                    hooks = sent.hooks if type(sent) is _Sent else b""
+                    self._sent[job] = _Sent(None, hooks, page.pid, started if job == running else time.monotonic())
 
     def _restart(self) -> bool:
         for _ in range(_START_TRIES):
@@ -485,7 +505,8 @@ class Handle:
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
             elif type(sent) is _Sent and not waiting:
                 del self._sent[job]
-                body = pack_verdict(JobState.LOST, pid=sent.pid, **facts)
+                runtime = max(0.0, time.monotonic() - sent.at)
+                body = pack_verdict(JobState.LOST, pid=sent.pid, runtime=runtime, **facts)
                 if sent.hooks:
                     self._hooked[job] = sent.hooks, Outcome.VERDICT, body
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=body)

@@ -35,6 +35,10 @@ BATCH_JOBS = 256
 JOB_COST = 5e-6
 #: Seconds after which a worker that was given a bundle and is silent is looked at.
 LOOK_AFTER = 0.1
+#: A worker that will be worn out in so many seconds, or that begins its last job, gets a successor.
+LEAD = 5.0
+#: So does one whose memory has reached this share of what it may.
+WORN = 0.8
 _BLINK = 2e-5  # seconds: less is not told apart
 _SHORTEST = 1e-7  # seconds that a run time counts at least
 # The members that each task needs: reading one from its enum takes longer than comparing it.
@@ -69,6 +73,8 @@ class LaneBook:
         self.waiting = 0
         self.workers: dict[int, Worker] = {}
         self.idle: dict[int, Worker] = {}
+        #: a successor that waits for a slot; never more than one, and it never has a job
+        self.spare: Worker | None = None
         #: give out nothing for now
         self.paused = False
         #: start no worker for now
@@ -187,9 +193,32 @@ class LaneBook:
         free = [slot for slot in range(self.size) if slot not in taken]
         wanted = min(self.size, self.waiting) if self.draining else self.size
         for slot in free[: max(0, wanted - len(self.workers))]:
-            worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
+            spare = self.spare
+            if spare is not None and not spare.killed and not spare.fault:
+                self.spare, worker = None, spare
+                worker.slot, worker.deadline = slot, now + self._ready_timeout
+                self._out.append(f.Promote(worker.id, slot))
+            else:
+                worker = Worker(next(self._ids), slot, self.lane, now + self._ready_timeout)
+                self._out.append(f.Spawn(worker.id, slot, self.lane))
             self.workers[worker.id] = worker
-            self._out.append(f.Spawn(worker.id, slot, self.lane))
+
+    def wears_out(self, worker: Worker, now: float) -> None:
+        """Prepares a successor if this worker has to be replaced soon for the number of its jobs."""
+        left = self._max_tasks - worker.done
+        if left <= 1 or 0.0 < left * self._mean <= LEAD:
+            self.prepare_spare(now)
+
+    def prepare_spare(self, now: float) -> None:
+        """Asks for a successor, if there is none yet and there may be work for it."""
+        pointless = self.closed or not self.ever_ready or (self.draining and not self.waiting)
+        if self.spare is None and not pointless and not now < self._spawn_at < inf:
+            self.spare = Worker(next(self._ids), f.NO_SLOT, self.lane)
+            self._out.append(f.Spawn(self.spare.id, f.NO_SLOT, self.lane))
+
+    def everybody(self) -> list[Worker]:
+        """Every process of this lane."""
+        return [*self.workers.values(), *([self.spare] if self.spare is not None else [])]
 
     def resize(self, size: int, now: float) -> None:
         """Changes how many workers are wanted; surplus ones leave, idle ones and high slots first."""
@@ -223,6 +252,8 @@ class LaneBook:
         """Its process has ended."""
         self.workers.pop(worker.id, None)
         self.idle.pop(worker.id, None)
+        if worker is self.spare:
+            self.spare = None
 
     def retire(self, worker: Worker, now: float) -> None:
         """Has a worker leave after its current job; what it has not started goes to others."""
@@ -265,6 +296,8 @@ class LaneBook:
     def next_deadline(self) -> float:
         """When something here is due; ``inf`` for never."""
         deadline = self._spawn_at
+        if self.spare is not None:
+            deadline = min(deadline, self.spare.deadline)
         for worker in self.workers.values():
             deadline = min(deadline, worker.deadline)
             if worker.running is not None:

@@ -19,9 +19,10 @@ from typing import Any
 from mpworker.pool import facts as f
 from mpworker.pool.facts import Action, Job, Lane, Span, Worker
 from mpworker.pool.frames import Frame, Kind, pack_start
-from mpworker.pool.lanes import MAX_BOOT_FAILURES, START_GRACE, LaneBook
+from mpworker.pool.lanes import MAX_BOOT_FAILURES, START_GRACE, WORN, LaneBook
 from mpworker.pool.page import results, who_ran
 from mpworker.pool.parcel import Outcome, pack_verdict
+from mpworker.pool.quota import Quota, over_quota
 from mpworker.states import JobState, WorkerState
 
 #: Seconds after a hard limit at which the dispatcher steps in, because the watchdog evidently cannot.
@@ -53,10 +54,19 @@ class Ledger:
         callback_limit: hard limit of each callback in seconds.
         max_tasks: jobs after which a worker is replaced, 0 for never.
         max_memory: peak memory in bytes after which it is replaced (checked between jobs), 0 for never.
+        warm: a successor is prepared before a worker has to be replaced for its tasks or its memory.
+        memory_limit: bytes that a job may use which brings no limit of its own, 0 for no limit.
     """
 
     def __init__(
-        self, size: int, ready_timeout: float, callback_limit: float, max_tasks: int = 0, max_memory: int = 0
+        self,
+        size: int,
+        ready_timeout: float,
+        callback_limit: float,
+        max_tasks: int = 0,
+        max_memory: int = 0,
+        memory_limit: int = 0,
+        warm: bool = True,
     ) -> None:
         self.jobs: dict[int, Job | Span] = {}
         #: answers that came too late
@@ -68,7 +78,8 @@ class Ledger:
         self._hooks = LaneBook(Lane.HOOKS, 0, ready_timeout, 0, ids, self.jobs, self._out)
         self._books = (self._tasks, self._hooks)
         self._ready_timeout, self._callback_limit, self._max_memory = ready_timeout, callback_limit, max_memory
-        self._max_tasks = max_tasks
+        self._max_tasks, self._warm = max_tasks, warm
+        self.quota = Quota(memory_limit, self._out)
         self._next_hook = _HOOK_ID
         self._hook_load = 0
         self._parent_is_full = False
@@ -79,6 +90,9 @@ class Ledger:
             f.Begun: self._begin,
             f.Submitted: self._submitted,
             f.BundleSubmitted: self._bundle_submitted,
+            f.MemoryLimited: lambda event, now: self.quota.give(event.job, event.limit),
+            f.MemoryKept: self._kept,
+            f.MemoryUsed: self._used,
             f.Cancelled: self._cancelled,
             f.Resized: lambda event, now: self._tasks.resize(event.size, now),
             f.FlushAsked: self._flush_asked,
@@ -141,6 +155,8 @@ class Ledger:
             return self._tasks, found
         if found := self._hooks.workers.get(worker):
             return self._hooks, found
+        if (spare := self._tasks.spare) is not None and spare.id == worker:
+            return self._tasks, spare
         return None
 
     def _job(self, number: int) -> Job | None:
@@ -166,6 +182,8 @@ class Ledger:
 
     def _submitted(self, event: f.Submitted, now: float) -> None:
         job = event.job
+        if self.quota.active:
+            self.quota.admit(job)
         if job.id in self.jobs:
             self.late += 1
             return
@@ -177,7 +195,7 @@ class Ledger:
 
     def _bundle_submitted(self, event: f.BundleSubmitted, now: float) -> None:
         span = event.span
-        if self._stopping or not self.jobs.keys().isdisjoint(span.ids):
+        if self._stopping or self.quota.active or not self.jobs.keys().isdisjoint(span.ids):
             for job in span.apart():
                 self._submitted(f.Submitted(job), now)
             return
@@ -254,7 +272,7 @@ class Ledger:
                 self._end(job, JobState.CANCELLED, _STOPPED, now)
             elif job.lane is Lane.TASKS:
                 job.verdict = job.verdict or (JobState.CANCELLED, _STOPPED)
-        for worker in list(self._tasks.workers.values()):
+        for worker in self._tasks.everybody():
             self._end_worker(self._tasks, worker, now)
 
     # -- what workers report -------------------------------------------------------------------------------------
@@ -263,6 +281,8 @@ class Ledger:
         if found := self._find(event.worker):
             book, worker = found
             book.ready(worker, event.pid, now)
+            if self._warm and self._max_tasks and book is self._tasks:
+                book.wears_out(worker, now)
 
     def _unready(self, event: f.WorkerUnready, now: float) -> None:
         found = self._find(event.worker) if event.worker is not None else None
@@ -287,6 +307,8 @@ class Ledger:
         if job.hard:
             job.guard = min(job.guard, at + job.hard + GUARD_GRACE)
         worker.running, worker.call = job, None
+        if job.memory:
+            self.quota.watched[worker.id] = worker
         if worker.state is not _KILLED:
             worker.deadline = inf
         self._settle_recall(job)
@@ -314,6 +336,16 @@ class Ledger:
             worker.killed = True  # by its watchdog
             worker.state, worker.deadline = WorkerState.KILLED, now + GUARD_GRACE
 
+    def _kept(self, event: f.MemoryKept, now: float) -> None:
+        if found := self._find(event.worker):
+            found[1].kept = event.size
+
+    def _used(self, event: f.MemoryUsed, now: float) -> None:
+        if (found := self._running(event)) is not None:
+            book, worker, job = found
+            if self.quota.judge(worker, job, event, now):
+                book.kill(worker, now)
+
     def _hook_called(self, event: f.HookCalled, now: float) -> None:
         if (found := self._running(event)) is not None:
             found[1].call = event
@@ -340,7 +372,9 @@ class Ledger:
         else:
             self._honour(call, now)
             self._finish(job, event, now)
-        worn = (self._max_tasks and worker.done >= self._max_tasks) or 0 < self._max_memory < event.max_rss
+        if self._warm and self._max_tasks and book is self._tasks:
+            book.wears_out(worker, now)
+        worn = (self._max_tasks and worker.done >= self._max_tasks) or self._outgrown(event.max_rss, now)
         if not worn and worker.state is _BUSY:
             book.hand_out(worker, now)
         elif worn and book is self._tasks and worker.state is _BUSY:
@@ -372,10 +406,16 @@ class Ledger:
         job.state = JobState.FAILED if flag == _ERROR else JobState.DONE
         del self.jobs[job.id]
         self._out.append(f.Tell(Frame(_DONE, job.id, flag, runtime, max_rss, pack_start(at, worker.pid), body)))
-        if 0 < self._max_memory < max_rss:
+        if self._max_memory and self._outgrown(max_rss, now):
             self._tasks.retire(worker, now)
         else:
             self._tasks.hand_out(worker, now)
+
+    def _outgrown(self, max_rss: float, now: float) -> bool:
+        """Whether a worker has used too much memory to keep it. If it is about to, a successor is prepared."""
+        if self._warm and 0 < self._max_memory * WORN < max_rss:
+            self._tasks.prepare_spare(now)
+        return 0 < self._max_memory < max_rss
 
     def _several_ran(self, event: f.JobsRan, now: float) -> None:
         worker = self._tasks.workers.get(event.worker)
@@ -399,8 +439,10 @@ class Ledger:
             left -= len(span.lengths)
             worker.jobs.popleft()
         self._out.append(f.Tell(event.frame))
+        if self._warm and self._max_tasks:
+            self._tasks.wears_out(worker, now)
         worn = self._max_tasks and worker.done >= self._max_tasks
-        if worn or 0 < self._max_memory < who_ran(event.frame)[1]:
+        if worn or (self._max_memory and self._outgrown(who_ran(event.frame)[1], now)):
             self._tasks.retire(worker, now)
         else:
             self._tasks.hand_out(worker, now)
@@ -499,7 +541,7 @@ class Ledger:
     def _ticked(self, event: f.Ticked, now: float) -> None:
         for book in self._books:
             book.tick(now)
-            for worker in list(book.workers.values()):
+            for worker in book.everybody():
                 job = worker.running
                 if job is not None and job.guard <= now:
                     job.guard = inf
@@ -566,7 +608,7 @@ class Ledger:
     def _wind_down(self, now: float) -> None:
         if self.jobs or self.finished:
             return
-        workers = [(book, worker) for book in self._books for worker in list(book.workers.values())]
+        workers = [(book, worker) for book in self._books for worker in book.everybody()]
         for book, worker in workers:
             if worker.state is WorkerState.IDLE:
                 book.retire(worker, now)
@@ -618,6 +660,8 @@ def _timed_out(job: Job, stack: str = "") -> tuple[JobState, dict[str, Any]]:
 
 def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[JobState, dict[str, Any]]:
     """What a death means for the job that was running."""
+    if job.asked < inf and event.signal == signal.SIGUSR1:  # an earlier task has meddled with what should hear it
+        return over_quota(job.memory, job.rss - worker.kept)
     # The watchdog's last word may not have got out before its own signal struck.
     if job.hard and now - job.started >= job.hard and event.signal in (signal.SIGTERM, signal.SIGKILL):
         return _timed_out(job)
@@ -626,6 +670,9 @@ def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[J
         "exitcode": event.exitcode,
         "signal": event.signal,
         "max_rss": event.max_rss,
+        "rss": job.rss or None,
+        "runtime": max(0.0, now - job.started),
+        "oom_killed": event.oom and not worker.killed,
         "by_pool": worker.killed,
         "why": worker.fault if worker.killed else "",
     }

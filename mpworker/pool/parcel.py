@@ -15,7 +15,15 @@ from enum import IntEnum
 from typing import Any
 from zlib import crc32
 
-from mpworker.errors import PayloadError, RemoteError, RemoteTraceback, TaskCancelled, TimeLimitExceeded, WorkerLost
+from mpworker.errors import (
+    MemoryLimitExceeded,
+    PayloadError,
+    RemoteError,
+    RemoteTraceback,
+    TaskCancelled,
+    TimeLimitExceeded,
+    WorkerLost,
+)
 from mpworker.states import JobState
 
 #: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
@@ -197,5 +205,8 @@ def verdict_error(facts: Mapping[str, Any]) -> Exception:
         return expired
     if state == JobState.CANCELLED.value:
         return TaskCancelled(facts.get("reason", "the task was cancelled"))
-    known = {key: facts.get(key) for key in ("pid", "exitcode", "signal", "max_rss")}
-    return WorkerLost(**known, by_pool=bool(facts.get("by_pool")), why=facts.get("why", ""))
+    if state == JobState.FAILED.value:
+        return MemoryLimitExceeded(facts.get("memory_limit"), facts.get("used"))
+    known: dict[str, Any] = {key: facts.get(key) for key in ("pid", "exitcode", "signal", "max_rss", "rss", "runtime")}
+    flags = {key: bool(facts.get(key)) for key in ("by_pool", "oom_killed")}
+    return WorkerLost(**known, **flags, why=facts.get("why", ""))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Seconds between SIGTERM and SIGKILL.
 _TERM_TO_KILL = 0.1
+#: Seconds between two tries to interrupt a task. Python hears of a signal that falls into C code only behind it: if a
+#: blocking call comes first, that has to be interrupted too.
+_NUDGE = 0.05
 #: Seconds for which the thread stays awake after the last job, so that the next one need not wake it.
 _LINGER = 1.0
 
@@ -95,6 +98,8 @@ class Watchdog(threading.Thread):
                 current.soft_at = inf
                 soft = current.soft
                 worker.interrupt()
+            elif current.unheard:
+                worker.nudge()
             if current.batched and not current.slow and now >= current.started + self.HAND_BACK:
                 current.slow = now  # perhaps the whole process had to wait for a processor: it gets a moment
             elif current.batched and current.slow and now >= current.slow + self.MOMENT:
@@ -111,7 +116,7 @@ class Watchdog(threading.Thread):
         if soft is not None:
             worker.send(encode(Kind.SOFT, current.job, a=soft))
         self._give_back(returned)
-        alarm = worker.alarm()
+        alarm = min(worker.alarm(), now + _NUDGE if current.unheard else inf)
         return alarm if alarm < inf else now + _LINGER
 
     def _announce(self, current: Current) -> None:
@@ -133,6 +138,15 @@ class Watchdog(threading.Thread):
         for frame in frames:
             if frame.kind is Kind.SIGNAL:
                 self._signal(frame)
+            elif frame.kind is Kind.SHRINK:
+                self._ask_to_shrink(frame)
+
+    def _ask_to_shrink(self, frame: Frame) -> None:
+        with self._worker.gate:  # so that it cannot hit the next job
+            current = self._worker.current
+            if current is not None and current.job == frame.job:
+                current.over = int(frame.a), int(frame.b)
+                self._worker.interrupt()
 
     def _signal(self, frame: Frame) -> None:
         worker, signum = self._worker, frame.flag

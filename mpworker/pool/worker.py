@@ -20,17 +20,18 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from types import FrameType
 from typing import Any, NoReturn
 
-from mpworker.errors import PayloadError
+from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
-from mpworker.pool.facts import Lane, open_span
-from mpworker.pool.frames import BATCHED, CHUNK, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.facts import NO_SLOT, Lane, open_span
+from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
@@ -47,6 +48,9 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _COMPANY = MOST // 2
 #: … or after so many seconds.
 _PATIENCE = 0.002
+#: Bytes that earlier jobs may leave here without a word, and the seconds in which a row of tiny ones cannot leave more.
+_CRUMBS = 1 << 20
+_READ_PAUSE = 0.02
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
 
@@ -72,6 +76,11 @@ class Current:
     #: when it may tell its progress again, and what it has not told since
     tell_at: float = 0.0
     untold: tuple[float, float, str] | None = None
+    #: its memory limit and what it uses, once that is too much
+    over: tuple[int, int] | None = None
+    #: it has been interrupted and does not know it yet; and perhaps once more than needed
+    unheard: bool = False
+    nudged: bool = False
 
 
 class Worker:
@@ -98,6 +107,8 @@ class Worker:
         self._unsent = b""
         self._sent_at = 0.0
         self._peak = 0.0
+        self._fresh = self._kept = 0  # bytes in memory: before the first job; later, beyond that, as last told
+        self._read_at = -inf  # when they were last read; nothing large can have happened since, if not -inf
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
@@ -108,13 +119,21 @@ class Worker:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def serve(self, boot: booting.Boot, prepared: bool) -> None:
-        """Gets ready and works until told to leave, or until the line ends."""
+    def serve(self, boot: booting.Boot, prepared: bool, assume: Callable[[int], None]) -> None:
+        """Gets ready and works until told to leave, or until the line ends.
+
+        Args:
+            prepared: the application is loaded already.
+            assume: called with the slot, if that comes later.
+        """
         self.send(encode(Kind.HELLO, self._pid))
         try:
             if not prepared:
                 booting.prepare(boot)
             self._soft_error = pickle.loads(boot.soft_error)
+            if self.slot == NO_SLOT:
+                self._wait_for_slot()
+                assume(self.slot)
             if boot.initializer:
                 function, args = pickle.loads(boot.initializer)
                 function(*args)
@@ -123,6 +142,7 @@ class Worker:
             raise SystemExit(EX_UNREADY) from None
         signal.signal(signal.SIGUSR1, self._on_soft_limit)
         self.watchdog.start()
+        self._fresh = resident()
         self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
         while (frame := self._next()) is not None:
             self._execute(frame)
@@ -130,6 +150,18 @@ class Worker:
             function, args = pickle.loads(boot.finalizer)
             function(*args)
         coroutines.close()
+
+    def _wait_for_slot(self) -> None:
+        """For a spare: blocks until the one is gone whose place it takes."""
+        while self.slot == NO_SLOT:
+            try:
+                received = self.data.recv(CHUNK)
+            except ConnectionError:
+                received = b""
+            if not received:
+                os._exit(0)  # nothing of the user's is open yet
+            with self.gate:
+                self.take(received)
 
     def _next(self) -> Frame | None:
         """The next job; blocks. ``None`` when there will be none."""
@@ -161,6 +193,8 @@ class Worker:
                 )
             elif frame.kind is Kind.LEAVE:
                 self._leaving = True
+            elif frame.kind is Kind.TURN:
+                self.slot = frame.job
 
     def send(self, *pieces: bytes) -> None:
         """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""
@@ -221,9 +255,11 @@ class Worker:
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
-        if soft:  # an earlier task may have meddled with its signal
-            signal.signal(signal.SIGUSR1, self._on_soft_limit)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+        if soft:
+            self._arm()
+        if flag & RATIONED and started > self._read_at + _READ_PAUSE:
+            self._arm()
+            self._tell_kept(started)
         self.page.begin(job, started)
         if not quiet:
             self.send(encode(Kind.STARTED, job, a=started))
@@ -273,10 +309,26 @@ class Worker:
             current.quiet = False
             self.send(encode(Kind.STARTED, current.job, a=current.started))
 
+    def _arm(self) -> None:
+        """An earlier task may have meddled with the signal of the soft limits."""
+        signal.signal(signal.SIGUSR1, self._on_soft_limit)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1,))
+
+    def _tell_kept(self, now: float) -> None:
+        """Before a job with a memory limit: what others have left here, which is not its doing."""
+        self._read_at = now
+        kept = max(0, resident() - self._fresh)
+        if abs(kept - self._kept) > _CRUMBS:
+            self._kept = kept
+            with self._sending:
+                self._unsent += encode(Kind.KEPT, a=kept)
+
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         booting.flush_streams()
         if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        if runtime > _LITTLE:
+            self._read_at = -inf
         peak = self._peak
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
@@ -350,7 +402,7 @@ class Worker:
             self._interruptible = interruptible
         if interruptible and self._soft_due:
             self._soft_due = False
-            self._on_soft_limit(signal.SIGUSR1, sys._getframe())
+            self._strike(sys._getframe())
 
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
@@ -386,6 +438,14 @@ class Worker:
 
     def interrupt(self) -> None:
         """Raises the soft limit's exception in the task thread, out of a system call if need be."""
+        if self.current is not None:
+            self.current.unheard = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def nudge(self) -> None:
+        """Once more, if the first time fell into C code and a system call came behind it."""
+        if self.current is not None:
+            self.current.nudged = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def stack(self) -> str:
@@ -396,8 +456,16 @@ class Worker:
         return "".join(traceback.format_list(entries[ours[-1] + 1 if ours else 0 :]))
 
     def _on_soft_limit(self, signum: int, frame: FrameType | None) -> None:
-        if self.current is None or os.getpid() != self._pid:
+        current = self.current
+        if current is None or os.getpid() != self._pid:
             return
+        if current.nudged and not current.unheard:
+            current.nudged = False  # it has been heard meanwhile
+            return
+        current.unheard = False
+        self._strike(frame)
+
+    def _strike(self, frame: FrameType | None) -> None:
         if not self._interruptible:
             self._soft_due = True  # the task is about to begin, or has just ended
         elif not coroutines.interrupt(frame, self._soft_exception):
@@ -408,7 +476,11 @@ class Worker:
 
     def _soft_exception(self) -> BaseException:
         current = self.current
-        error: BaseException = self._soft_error(current.soft if current and current.soft else None)
+        error: BaseException
+        if current is not None and current.over is not None:
+            error, current.over = MemoryLimitExceeded(*current.over), None
+        else:
+            error = self._soft_error(current.soft if current and current.soft else None)
         self._soft_raised = error
         return error
 

@@ -25,8 +25,10 @@ EXAMPLES = [
     errors.StoreError(28, "No space left on device"),
     SoftTimeLimitExceeded(1.5),
     TimeLimitExceeded(2.0),
+    errors.MemoryLimitExceeded(2**29, 2**30),
     errors.TaskCancelled("why"),
     Lost(7, None, 9, 2**20, True),
+    Lost(7, None, 9, 2**30, False, "why", 2**20, 1.5, True),
 ]
 
 
@@ -59,6 +61,7 @@ def test_every_error_survives_pickling_and_copying(error: Exception) -> None:
         (TimeLimitExceeded, TimeoutError),
         (errors.TaskCancelled, CancelledError),
         (errors.StoreError, OSError),
+        (errors.MemoryLimitExceeded, MemoryError),
     ],
 )
 def test_the_standard_librarys_handlers_catch_them(kind: type[Exception], base: type[Exception]) -> None:
@@ -72,6 +75,7 @@ def test_the_standard_librarys_handlers_catch_them(kind: type[Exception], base: 
         (Lost(7, None, signal.SIGSEGV), "worker process 7 was ended by SIGSEGV while it ran the task"),
         (Lost(), "the worker process was lost while it ran the task"),
         (Lost(7, None, 63, 3 * 2**20), "was ended by signal 63 while it ran the task; it had used up to 3 MiB"),
+        (Lost(7, 3, rss=2**30, runtime=61.234), "the task, after 61.2 s; the task was last seen with 1024 MiB"),
     ],
 )
 def test_a_lost_worker_is_described(lost: Lost, words: str) -> None:
@@ -82,6 +86,18 @@ def test_a_lost_worker_is_described(lost: Lost, words: str) -> None:
 def test_only_a_sigkill_that_was_not_ours_hints_at_memory() -> None:
     assert str(Lost(7, None, signal.SIGKILL)).endswith("; out of memory?")
     assert "memory?" not in str(Lost(7, None, signal.SIGKILL, by_pool=True))
+
+
+def test_the_kernels_own_word_is_better_than_a_guess() -> None:
+    text = str(Lost(7, None, signal.SIGKILL, oom_killed=True))
+    assert text.endswith("; killed by the kernel's out-of-memory killer")
+    assert "memory?" not in text
+
+
+def test_a_memory_limit_is_told_with_what_was_used() -> None:
+    assert "used 812 MiB, limit 512 MiB" in str(errors.MemoryLimitExceeded(512 << 20, 812 << 20))
+    assert "used 1.5 MiB, limit 1 MiB" in str(errors.MemoryLimitExceeded(1 << 20, 3 << 19))
+    assert str(errors.MemoryLimitExceeded())
 
 
 @pytest.mark.parametrize("kind", [SoftTimeLimitExceeded, TimeLimitExceeded])

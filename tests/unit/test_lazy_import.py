@@ -15,6 +15,7 @@ import mpworker
 NAMES = {
     *("install", "app", "ProcessPool", "MultiProcess", "InfoTask", "Model", "ResultStore", "MPWorkerError"),
     *("SoftTimeLimitExceeded", "TimeLimitExceeded", "WorkerLost", "TaskCancelled", "RemoteTraceback"),
+    "MemoryLimitExceeded",
     *("current_slot", "pool_size", "progress"),
 }
 HEAVY = {

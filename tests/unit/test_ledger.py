@@ -32,6 +32,7 @@ class Played:
     running: Job | None = None
     leaving: bool = False
     killed: int = 0
+    done: int = 0
 
 
 class World:
@@ -40,6 +41,7 @@ class World:
     def __init__(self, size: int = 2, **limits: Any) -> None:
         self.ledger = Ledger(size, 60.0, 5.0, **limits)
         self.size, self.now = size, 1000.0
+        self.max_tasks = limits.get("max_tasks") or inf
         self.workers: dict[int, Played] = {}
         self.frames: list[Frame] = []
         self.ends: Counter[int] = Counter()
@@ -56,17 +58,34 @@ class World:
     def _spawn(self, action: f.Spawn) -> None:
         assert action.worker not in self.workers
         assert not self.finished
+        if action.slot == f.NO_SLOT:
+            assert action.lane is Lane.TASKS
+            assert not [w for w in self.workers.values() if w.slot == f.NO_SLOT], "two spares"
+            self.workers[action.worker] = Played(action.slot, action.lane)
+            return
+        self._take_slot(action)
+        self.workers[action.worker] = Played(action.slot, action.lane)
+
+    def _promote(self, action: f.Promote) -> None:
+        spare = self.workers[action.worker]
+        assert (spare.slot, spare.ready, spare.killed) == (f.NO_SLOT, False, 0)
+        self._take_slot(f.Spawn(action.worker, action.slot, spare.lane))
+        spare.slot = action.slot
+
+    def _take_slot(self, action: f.Spawn) -> None:
         # One that not even SIGKILL ends is given up, and its slot with it.
         slots = {w.slot for w in self.workers.values() if w.lane == action.lane and w.killed < 2}
         assert action.slot not in slots, "two workers share a slot"
         assert action.slot < (self.size if action.lane is Lane.TASKS else 1), "more workers than asked for"
-        self.workers[action.worker] = Played(action.slot, action.lane)
 
     def _assign(self, action: f.Assign) -> None:
         worker = self.workers[action.worker]
         assert worker.ready
         assert not worker.leaving
         assert worker.lane is action.job.lane
+        assert worker.slot != f.NO_SLOT, "a spare gets a job"
+        held = worker.done + len(worker.inbox) + (worker.running is not None)
+        assert worker.lane is Lane.HOOKS or held < self.max_tasks, "more jobs than a worker may run"
         assert not self.ends[action.job.id], "a job that has ended is given out"
         assert not any(action.job in other.inbox or other.running is action.job for other in self.workers.values())
         worker.inbox.append(action.job)
@@ -85,6 +104,12 @@ class World:
     def _kill(self, action: f.Kill) -> None:
         if action.worker in self.workers:  # it may be that its exit is not known to the ledger yet
             self.workers[action.worker].killed += 1
+
+    def _asktoshrink(self, action: f.AskToShrink) -> None:
+        job = self.workers[action.worker].running
+        assert job is not None
+        assert job.id == action.job
+        assert action.used > action.limit
 
     def _tell(self, action: f.Tell) -> None:
         frame = action.frame
@@ -118,12 +143,14 @@ class World:
 
     def end(self, worker: int, flag: Outcome = Outcome.VALUE, runtime: float = 0.00001, rss: float = 0.0) -> None:
         job, self.workers[worker].running = self.workers[worker].running, None
+        self.workers[worker].done += 1
         assert job is not None
         self.tell(f.JobDone(worker, job.id, flag, b"body", runtime, rss))
 
     def run(self, worker: int, flag: Outcome = Outcome.VALUE, rss: float = 0.0) -> None:
         """Begins and ends one job, and both are heard together."""
         job = self.workers[worker].inbox.pop(0)
+        self.workers[worker].done += 1
         self.tell(f.JobRan(worker, job.id, self.now, flag, b"body", 0.00001, rss))
 
     def hand_back(self, worker: int) -> None:
@@ -139,7 +166,8 @@ class World:
         if played.killed:
             self.exit(worker)
         elif not played.ready:
-            self.get_ready(worker)
+            if played.slot != f.NO_SLOT:
+                self.get_ready(worker)
         elif played.running is not None:
             self.end(worker)
         elif played.inbox:
