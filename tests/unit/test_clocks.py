@@ -11,16 +11,17 @@ import pytest
 import mpworker.pool
 
 FILES = sorted(Path(mpworker.pool.__file__).parent.glob("*.py"))
-#: All that the pool may take from ``time`` (the kernel dates processes by CLOCK_BOOTTIME, which nobody can set), and
-#: modules that know only the wall clock.
-ALLOWED, WALL = {"monotonic", "sleep", "clock_gettime", "CLOCK_BOOTTIME"}, {"datetime", "calendar", "sched"}
+#: All that the pool may take from ``time``, and modules that know only the wall clock.
+ALLOWED, WALL = {"monotonic", "sleep"}, {"datetime", "calendar", "sched"}
+#: The kernel dates processes by this one, which nobody can set.
+BOOT = "time.clock_gettime(time.CLOCK_BOOTTIME)"
 #: Attributes of anything that tell what the wall clock said.
 STAMPS = {"st_mtime", "st_atime", "st_ctime", "st_mtime_ns", "st_atime_ns", "st_ctime_ns", "getmtime", "getctime"}
 
 
 def wall_clocks(text: str) -> Iterator[str]:
     """Every use of a clock that can be set, and of ``time`` in a way that hides which clock is meant."""
-    tree = ast.parse(text)
+    tree = ast.parse(text.replace(BOOT, "0.0"))
     names = {"time"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,5 +69,5 @@ def test_the_check_sees_them(text: str) -> None:
 
 def test_the_check_lets_the_others_pass() -> None:
     assert not list(
-        wall_clocks("import time\nfrom time import monotonic\ntime.monotonic() - monotonic()\ntime.sleep(1)")
+        wall_clocks(f"import time\n{BOOT}\nfrom time import monotonic\ntime.monotonic() - monotonic()\ntime.sleep(1)")
     )

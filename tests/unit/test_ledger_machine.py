@@ -60,6 +60,8 @@ class Played:
     expired: bool = False
     #: it says nothing any more, or has contradicted itself
     faulty: bool = False
+    #: it has been seen to hold more memory than it may
+    over: bool = False
     #: stopped: only SIGKILL ends it
     frozen: bool = False
     #: in an uninterruptible wait: nothing ends it
@@ -152,7 +154,8 @@ class World:
         return worker.kills > 1 and self.now >= worker.killed_at + UNKILLABLE
 
     def _living(self, lane: Lane = Lane.TASKS) -> list[Played]:
-        return [worker for worker in self.workers.values() if worker.lane is lane and not self._given_up(worker)]
+        there = [worker for worker in self.workers.values() if worker.lane is lane and not self._given_up(worker)]
+        return [worker for worker in there if worker.slot != f.NO_SLOT]  # a spare works only once it has a slot
 
     # -- what the ledger must believe of an event ----------------------------------------------------------------
 
@@ -239,6 +242,11 @@ class World:
         if worker is not None and worker.running is not None and worker.running.id == event.job:
             worker.shot = worker.expired = True
 
+    def _on_memoryused(self, event: f.MemoryUsed) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None and worker.running is not None and worker.running.id == event.job:
+            worker.over = True
+
     def _on_hookcalled(self, event: f.HookCalled) -> None:
         worker = self.workers.get(event.worker)
         if worker is not None and worker.running is not None and worker.running.id == event.job:
@@ -259,12 +267,29 @@ class World:
         assert action.worker not in self.workers
         assert self.begun
         assert not self.finished
-        living = self._living(action.lane)
-        assert action.slot not in {worker.slot for worker in living}, "two workers share a slot"
-        asked = self.size if action.lane is Lane.TASKS else 1
-        assert self._together or len(living) < asked, "more workers than asked for"
-        assert self._together or not (self.stopping and action.lane is Lane.TASKS), "who shall that one serve?"
+        if action.slot == f.NO_SLOT:
+            assert action.lane is Lane.TASKS
+            spares = [w for w in self.workers.values() if w.slot == f.NO_SLOT and not self._given_up(w)]
+            assert self._together or not spares, "two spares"
+        else:
+            self._take(action.slot, action.lane)
         self.workers[action.worker] = Played(action.worker, action.slot, action.lane)
+
+    def _promote(self, action: f.Promote) -> None:
+        if (spare := self.workers.get(action.worker)) is not None:
+            assert (spare.slot, spare.ready, spare.kills) == (f.NO_SLOT, False, 0)
+            self._take(action.slot, spare.lane)
+            spare.slot = action.slot
+
+    def _take(self, slot: int, lane: Lane) -> None:
+        living = self._living(lane)
+        assert slot not in {worker.slot for worker in living}, "two workers share a slot"
+        asked = self.size if lane is Lane.TASKS else 1
+        assert self._together or len(living) < asked, "more workers than asked for"
+        assert self._together or not (self.stopping and lane is Lane.TASKS), "who shall that one serve?"
+
+    def _asktoshrink(self, action: f.AskToShrink) -> None:
+        assert action.used > action.limit
 
     def _assign(self, action: f.Assign) -> None:
         given, worker = action.job, self.workers.get(action.worker)
@@ -310,7 +335,7 @@ class World:
         if worker is None:  # it may be that its exit is not known to the ledger yet
             return
         if worker.running is not None and not self._together:
-            asked = self.stopping or worker.running.id in self.cancelled
+            asked = self.stopping or worker.running.id in self.cancelled or worker.over
             assert asked or worker.guard <= self.now or worker.doomed, (
                 f"job {worker.running.id} is killed without cause"
             )
@@ -376,7 +401,7 @@ class World:
             return False
         if worker.kills > 1 or ((worker.kills or worker.shot) and not worker.frozen):
             self.tell(f.WorkerGone(worker.id, None, signal.SIGKILL, 1 << 20))
-        elif worker.frozen or worker.faulty:
+        elif worker.frozen or worker.faulty or worker.slot == f.NO_SLOT:
             return False
         elif not worker.ready:
             self.tell(f.WorkerReady(worker.id, 100 + worker.id))
@@ -448,7 +473,17 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         size=st.integers(1, 4),
-        limits=st.sampled_from([{}, {}, {"max_tasks": 1}, {"max_tasks": 3}, {"max_memory": MEMORY}]),
+        limits=st.sampled_from(
+            [
+                {},
+                {},
+                {"max_tasks": 1},
+                {"max_tasks": 3},
+                {"max_tasks": 3, "warm": False},
+                {"max_memory": MEMORY},
+                {"max_memory": MEMORY, "memory_limit": MEMORY},
+            ]
+        ),
         start=st.sampled_from(["ready", "ready", "ready", "resumed", "new"]),
         high_water=st.sampled_from([64 << 20, 64 << 20, 3000]),
     )
@@ -515,6 +550,13 @@ class Machine(RuleBasedStateMachine):
         """Results that have waited for company, of jobs that may be of a bundle, or not."""
         if (worker := self.pick(luck, "ready", "inbox", "!doomed", "!frozen")) is not None:
             self.world.tell(several_ran(worker.id, [job.id for job in worker.inbox[:count]], self.world.now, rss))
+
+    @open_rule(
+        "running", luck=LUCK, used=st.sampled_from([1, MEMORY + 1, 9 * MEMORY]), kept=st.sampled_from([0, MEMORY])
+    )
+    def use_memory(self, luck: int, used: int, kept: int) -> None:
+        if (worker := self.pick(luck, "running")) is not None and worker.running is not None:
+            self.world.tell(f.MemoryKept(worker.id, kept), f.MemoryUsed(worker.id, worker.running.id, used))
 
     @precondition(lambda self: not self.world.closing)
     @open_rule(count=st.integers(1, 3))

@@ -32,13 +32,16 @@ def run_one(world: World, job: int, runtime: float = 1.0, rss: float = 0.0) -> N
 
 
 def test_before_its_last_job_a_worker_gets_a_successor() -> None:
-    world = made(World(1, max_tasks=3))
-    run_one(world, 1, runtime=LEAD * 10)
-    assert not spares(world)
-    run_one(world, 2, runtime=LEAD * 10)
+    world = made(World(1, max_tasks=9))
+    for job in range(1, 4):
+        run_one(world, job, runtime=LEAD / 5)
+        assert not spares(world)
+    run_one(world, 4, runtime=LEAD / 5)
     (spare,) = spares(world)
-    world.submit(3)
-    world.submit(4)
+    for job in range(5, 9):
+        run_one(world, job, runtime=LEAD / 5)
+    world.submit(9)
+    world.submit(10)
     world.begin(0)
     world.end(0)
     assert world.workers[0].leaving
@@ -46,7 +49,7 @@ def test_before_its_last_job_a_worker_gets_a_successor() -> None:
     del world.workers[0]
     assert world.tell(f.WorkerGone(0, 0, None, None)) == [f.Promote(spare, 0)]
     world.get_ready(spare)
-    assert [job.id for job in world.workers[spare].inbox] == [4]
+    assert [job.id for job in world.workers[spare].inbox] == [10]
 
 
 def test_tiny_jobs_need_it_earlier() -> None:
