@@ -255,10 +255,9 @@ class Worker:
         if revoked:
             self.send(encode(Kind.RETURNED, job))
             return
-        if soft:
+        if soft or flag & RATIONED:
             self._arm()
         if flag & RATIONED and started > self._read_at + _READ_PAUSE:
-            self._arm()
             self._tell_kept(started)
         self.page.begin(job, started)
         if not quiet:
