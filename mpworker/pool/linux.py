@@ -48,6 +48,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def give_back_memory() -> bool:
+    """Has the C library return free memory to the system. Some milliseconds, if there is much."""
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (ImportError, OSError, AttributeError):  # only glibc has that
+        return False
+
+
 def children() -> list[int]:
     """The pids of this process' children; empty where the kernel does not tell."""
     try:

@@ -257,7 +257,7 @@ class Worker:
             return
         if soft or flag & RATIONED:
             self._arm()
-        if flag & RATIONED and started > self._read_at + _READ_PAUSE:
+        if flag & RATIONED and (self._kept or started > self._read_at + _READ_PAUSE):
             self._tell_kept(started)
         self.page.begin(job, started)
         if not quiet:
@@ -317,6 +317,8 @@ class Worker:
         """Before a job with a memory limit: what others have left here, which is not its doing."""
         self._read_at = now
         kept = max(0, resident() - self._fresh)
+        if kept > self._kept + _CRUMBS and linux.give_back_memory():  # what is free, but kept by malloc, is nobody's
+            kept = max(0, resident() - self._fresh)
         if abs(kept - self._kept) > _CRUMBS:
             self._kept = kept
             with self._sending:
