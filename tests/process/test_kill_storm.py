@@ -44,3 +44,24 @@ def test_every_job_ends_once(method: str, tmp_path: Path) -> None:
     finished = Counter(line.split()[1] for line in support.lines(log))
     assert errors.count(None) <= len(finished)
     wait_until(lambda: not ours(), what="nothing is left")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tiny_job_runs_twice_because_the_dispatcher_was_killed(method: str, tmp_path: Path) -> None:
+    """They travel in bundles, and what has begun is in pages that outlive the dispatcher."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    choose, log, jobs = random.Random(seed), tmp_path / "log", []
+    with ProcessPool(2, start_method=method, timeout=PATIENCE) as pool:
+        pool.submit(support.give, 0).result(PATIENCE)
+        for _ in range(3):
+            batch = [pool.submit(support.append, log, number) for number in range(len(jobs), len(jobs) + 1500)]
+            jobs += batch
+            batch[choose.randrange(1000)].exception(PATIENCE)
+            support.kill_ours(pool.stats()["dispatcher"])
+        errors = [job.exception(PATIENCE) for job in jobs]
+    ran = Counter(map(int, support.lines(log)))
+    assert set(ran.values()) == {1}
+    assert {type(error) for error in errors} <= {WorkerLost, type(None)}
+    assert not [number for number, error in enumerate(errors) if error is None and number not in ran]
+    assert errors.count(None) > len(jobs) // 2
