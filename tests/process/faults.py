@@ -23,8 +23,12 @@ from typing import Any, NamedTuple
 
 import support
 
+from mpworker import MemoryLimitExceeded
+
 #: Names of descriptors that belong to the test process itself (and to pytest): they are not written to.
 SPARED = "_MPWORKER_TEST_SPARED"
+#: Bytes that each task may use.
+MEMORY = 256 << 20
 #: What ``print_much`` prints.
 MUCH = 100 << 20
 _LINE = (1 << 16) - 1
@@ -79,6 +83,15 @@ def ignore_sigterm() -> None:
 def swallow() -> None:
     for _ in range(5):
         with contextlib.suppress(BaseException):
+            support.sleep()
+
+
+def fill_memory() -> None:
+    """Far beyond its limit, and deaf to what it is asked."""
+    blocks = []
+    for _ in range(5):
+        with contextlib.suppress(BaseException):
+            blocks.append(b"x" * (2 * MEMORY))
             support.sleep()
 
 
@@ -188,6 +201,7 @@ FAULTS: dict[str, Fault] = {
     "holds-the-GIL-in-int": Fault(raise_to_a_power, STALLS),
     "ignores-SIGTERM": Fault(ignore_sigterm, STALLS),
     "swallows-the-soft-limit": Fault(swallow, STALLS),
+    "exceeds-its-memory-limit": Fault(fill_memory, STALLS, "used .* limit 256", MemoryLimitExceeded),
     "forks": Fault(fork, LIVES),
     "daemonizes": Fault(daemonize, LIVES),
     "leaves-threads": Fault(leave_threads, LIVES),
@@ -199,6 +213,7 @@ PLACES = ["initializer", "arguments", "task", "result", "parent", "callback", "e
 _IN_TASK = "no other than sleeping there; seen in the task"
 _LIKE = "like the other exceptions there: they all become text"
 _NO_SOFT = "no soft limit there"
+_NO_MEMORY = "no memory limit there"
 _OWN = "it is the caller's own code that hits the caller's own process"
 #: Cells that make no sense, and why.
 SENSELESS: dict[tuple[str, str], str] = {
@@ -212,6 +227,7 @@ SENSELESS: dict[tuple[str, str], str] = {
         (place, "swallows-the-soft-limit"): _NO_SOFT
         for place in ("initializer", "result", "callback", "error_callback")
     },
+    **{(place, "exceeds-its-memory-limit"): _NO_MEMORY for place in ("initializer", "callback", "error_callback")},
     **{("initializer", f"raises-{name}"): _LIKE for name in ("KeyboardInterrupt", "GeneratorExit", "CancelledError")},
     ("initializer", "raises-StopIteration"): _LIKE,
     **{("parent", name): _OWN for name, fault in FAULTS.items() if fault.ending in (DIES, STALLS)},

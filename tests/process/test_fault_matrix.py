@@ -19,10 +19,24 @@ from typing import Any
 import pytest
 import support
 from process.bench import DEATH, LATE, LIMIT, Bench, bench
-from process.faults import DIES, FAULTS, LIVES, METHODS, PLACES, RAISES, SENSELESS, STALLS, Cargo, cells, commit, deeds
+from process.faults import (
+    DIES,
+    FAULTS,
+    LIVES,
+    MEMORY,
+    METHODS,
+    PLACES,
+    RAISES,
+    SENSELESS,
+    STALLS,
+    Cargo,
+    cells,
+    commit,
+    deeds,
+)
 from support import PATIENCE, wait_until
 
-from mpworker import RemoteTraceback, TimeLimitExceeded, WorkerLost
+from mpworker import MemoryLimitExceeded, RemoteTraceback, TimeLimitExceeded, WorkerLost
 from mpworker.errors import PayloadError
 
 
@@ -33,7 +47,10 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 def send(shared: Bench, place: str, name: str, log: Path) -> Future[Any]:
-    limits = {"timeout": LIMIT if FAULTS[name].ending == STALLS else PATIENCE}
+    fault = FAULTS[name]
+    limits: dict[str, Any] = {"timeout": LIMIT if fault.ending == STALLS and not fault.kind else PATIENCE}
+    if fault.kind is MemoryLimitExceeded:
+        limits["memory_limit"] = MEMORY
     if name == "swallows-the-soft-limit":
         limits["soft_timeout"] = LIMIT / 3
     if place == "task":
@@ -48,6 +65,9 @@ def check_error(place: str, name: str, error: BaseException | None) -> None:
     fault = FAULTS[name]
     if fault.ending == LIVES:
         assert error is None
+    elif fault.ending == STALLS and fault.kind is not None:
+        assert isinstance(error, fault.kind)
+        assert re.search(fault.words, str(error))
     elif fault.ending == STALLS:
         assert isinstance(error, TimeLimitExceeded)
         assert error.limit == LIMIT
@@ -82,7 +102,7 @@ def test_a_fault_in_a_worker_costs_its_own_task(shared: Bench, place: str, name:
 
     ((culprit, done),) = deeds(log)  # really, and once
     if FAULTS[name].ending == STALLS:
-        assert begun + LIMIT <= ended < done + LIMIT + LATE
+        assert begun + LIMIT * (FAULTS[name].kind is None) <= ended < done + LIMIT + LATE
     elif FAULTS[name].ending == DIES:
         assert ended < done + DEATH
     if FAULTS[name].ending in (RAISES, LIVES):
