@@ -15,6 +15,7 @@ from multiprocessing import process, spawn
 from typing import Any, NamedTuple
 
 from mpworker.errors import PayloadError, SoftTimeLimitExceeded
+from mpworker.pool.heirlooms import Heirlooms
 from mpworker.pool.parcel import pack, unpack
 
 
@@ -49,6 +50,8 @@ def describe(
     label: str = "",
     import_main: bool = True,
     slot_env: dict[int, dict[str, str]] | None = None,
+    heirlooms: Heirlooms | None = None,
+    fork: bool = False,
 ) -> bytes:
     """Packs what children of this process shall do before their first task.
 
@@ -61,6 +64,8 @@ def describe(
         import_main: whether children import the parent's ``__main__`` (as ``__mp_main__``), so that functions
             defined in a script can be found.
         slot_env: environment variables by slot, set in a worker before anything of the user's runs in it.
+        heirlooms: collects what the initializer's arguments need besides bytes.
+        fork: the children will be forks of this process.
 
     Raises:
         PayloadError: one of them cannot be pickled.
@@ -74,7 +79,7 @@ def describe(
     boot = Boot(
         _preparation(import_main),
         pack(preload, "the preload") if preload else b"",
-        pack(initializer, "the initializer") if initializer else b"",
+        (heirlooms or Heirlooms()).pack(initializer, "the initializer", fork=fork) if initializer else b"",
         pack(finalizer, "the finalizer") if finalizer else b"",
         pack(soft_error, "the soft limit's exception"),
         label,

@@ -341,7 +341,7 @@ class ProcessPool(Executor):
         if core is None:
             return
         if cancel_futures:
-            for job, future in list(core.futures.items()):
+            for job, future in core.futures.copy().items():
                 if job not in core.running:
                     future.cancel()
         core.close()

@@ -56,8 +56,11 @@ def _fill_streams() -> None:
     os.close(fd)
 
 
-def launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
+def launch(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a dispatcher in a clean interpreter and a session of its own. Safe in a process with threads.
+
+    Args:
+        heirlooms: descriptors that it inherits, and all its children.
 
     Returns:
         the process, and the parent's end of the line to it (non-blocking).
@@ -67,7 +70,7 @@ def launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
     with theirs:
         process = subprocess.Popen(
             command("dispatcher", str(theirs.fileno())),
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *heirlooms],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -75,7 +78,7 @@ def launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
+def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
     """As :func:`launch`, but with a template that is a fork of *this* process as it stands.
 
     The forked child forks the template and then becomes the dispatcher by ``exec``, so that the template, which has
@@ -87,7 +90,7 @@ def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
     flush_streams()
     pid = os.fork()
     if pid == 0:
-        _become_dispatcher(ours, theirs, line, template_end)
+        _become_dispatcher(ours, theirs, line, template_end, heirlooms)
     theirs.close()
     line.close()
     template_end.close()
@@ -96,7 +99,11 @@ def launch_forked() -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
 
 
 def _become_dispatcher(
-    ours: socket.socket, theirs: socket.socket, line: socket.socket, template_end: socket.socket
+    ours: socket.socket,
+    theirs: socket.socket,
+    line: socket.socket,
+    template_end: socket.socket,
+    heirlooms: Iterable[int],
 ) -> None:
     try:
         os.setsid()
@@ -112,6 +119,8 @@ def _become_dispatcher(
             os._exit(0)
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
+        for fd in heirlooms:
+            os.set_inheritable(fd, True)
         theirs.set_inheritable(True)
         line.set_inheritable(True)
         arguments = command("dispatcher", str(theirs.fileno()), str(line.fileno()), str(template))
@@ -196,6 +205,8 @@ class Fleet:
         self._by_pid: dict[int, Crew] = {}
         self._oom = OomCounter()
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
+        #: descriptors that every child inherits
+        self.heirlooms: list[int] = []
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -289,7 +300,7 @@ class Fleet:
         return crew
 
     def _popen(self, arguments: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(arguments, pass_fds=fds, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(arguments, pass_fds=[*fds, *self.heirlooms], stdin=subprocess.DEVNULL)
         self._popens[process.pid] = process
         return process
 

@@ -39,6 +39,7 @@ from mpworker.pool.frames import (
     receive_fds,
     unpack_start,
 )
+from mpworker.pool.heirlooms import Heirlooms
 from mpworker.pool.page import Page, results, who_ran
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
@@ -86,8 +87,8 @@ class PoolOptions:
     warm: bool = True
     label: str = ""
 
-    def to_json(self) -> bytes:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+    def to_json(self, **more: Any) -> bytes:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__} | more).encode()
 
 
 @dataclass(slots=True, eq=False)
@@ -107,9 +108,10 @@ class Handle:
     Args:
         options: for the dispatcher.
         boot: from :func:`mpworker.pool.boot.describe`.
+        heirlooms: what that has collected; closed with the pool.
     """
 
-    def __init__(self, options: PoolOptions, boot: bytes) -> None:
+    def __init__(self, options: PoolOptions, boot: bytes, heirlooms: Heirlooms | None = None) -> None:
         self.options = options
         #: the processes, as the dispatcher last told: dicts with pid, slot, lane
         self.workers: list[dict[str, int]] = []
@@ -117,7 +119,7 @@ class Handle:
         self.generation = 0
         self.finished = False
         self.ready = False
-        self._boot = boot
+        self._boot, self._heirlooms = boot, heirlooms or Heirlooms()
         self._ids = itertools.count(1)
         self._sent: dict[int, _Sent | _Plain] = {}
         self._loose: deque[tuple[int, bytes, float, float]] = deque()  # sent by the next flush
@@ -142,11 +144,14 @@ class Handle:
     def start(self) -> None:
         """Starts the dispatcher."""
         forked = self.options.start_method == "fork"
-        self._process, self._line = fleet.launch_forked() if forked else fleet.launch()
+        launch, fds = fleet.launch_forked if forked else fleet.launch, self._heirlooms.fds
+        self._process, self._line = launch(fds) if fds else launch()
         self._reader = FrameReader("the dispatcher")
         self._outbox = Outbox()
         self._loose.clear()
-        self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(), body=self._boot))
+        self._outbox.put(
+            encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(heirlooms=fds), body=self._boot)
+        )
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
         self.flush()
@@ -194,6 +199,7 @@ class Handle:
             except subprocess.TimeoutExpired:  # stopped, or stuck: its children die with it
                 self._process.kill()
                 self._process.wait()
+        self._heirlooms.close()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -430,6 +436,7 @@ class Handle:
         self._listed.clear()
         self.workers = []
         if self.finished:
+            self._heirlooms.close()
             return
         yield from self._bury_started()
         self._flushed = self._flush_asked
@@ -448,14 +455,14 @@ class Handle:
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
-            for job, sent in list(self._sent.items()):
+            for job, sent in self._sent.copy().items():
                 if type(sent) is tuple:
                     self._loose.append((job, *sent))
                 else:
                     self._gather()
                     self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
             self._gather()
-            for job, call in list(self._hooked.items()):
+            for job, call in self._hooked.copy().items():
                 if call is not None:
                     hooks, flag, body = call
                     limit = self.options.callback_limit
@@ -493,12 +500,12 @@ class Handle:
     def _bury_started(self) -> Iterator[Frame]:
         """What ran when the dispatcher died has died with it; what had not started, the next one starts."""
         facts = {"by_pool": True, "why": "the dispatcher died"}
-        for job, call in list(self._hooked.items()):
+        for job, call in self._hooked.copy().items():
             if call is None:
                 del self._hooked[job]
                 yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
         taken_back = pack_verdict(JobState.CANCELLED, reason="taken back before it started")
-        for job, sent in list(self._sent.items()):
+        for job, sent in self._sent.copy().items():
             waiting = type(sent) is not _Sent or sent.pieces is not None
             if waiting and self._flushed < self._flush_asked:
                 del self._sent[job]
@@ -564,4 +571,10 @@ def verdict_of(frame: Frame) -> tuple[JobState, dict[str, Any]]:
 
 def make(options: PoolOptions, **description: Any) -> Handle:
     """A handle whose children are described by the keywords of :func:`mpworker.pool.boot.describe`."""
-    return Handle(options, booting.describe(label=options.label, **description))
+    heirlooms, fork = Heirlooms(), options.start_method == "fork"
+    try:
+        boot = booting.describe(label=options.label, heirlooms=heirlooms, fork=fork, **description)
+    except BaseException:
+        heirlooms.close()
+        raise
+    return Handle(options, boot, heirlooms)
