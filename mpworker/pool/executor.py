@@ -52,7 +52,8 @@ class ProcessPool(Executor):
         max_workers: processes; default: :func:`~mpworker.pool.cpus.pool_size`.
         start_method: ``auto`` (preload in a clean process and fork from it if it is one-threaded, else spawn),
             ``fork`` (workers get this process' memory as it is at the first task), ``forkserver``, ``spawn``.
-        initializer, initargs: called in each worker before its first task.
+        initializer, initargs: called in each worker before its first task. The arguments may be queues, locks and the
+            like of a ``spawn`` context of :mod:`multiprocessing`, with ``start_method="fork"`` anything.
         slot_env: environment variables of each worker: a mapping from its slot (0 to ``max_workers`` - 1, inherited by
             its replacement) to a dict, or a callable that returns such a dict, called here for each slot, now. They
             are set before the initializer, and with ``spawn`` before anything is imported. Values may be numbers.
