@@ -275,7 +275,8 @@ class World:
             return
         assert worker.ready
         assert not worker.leaving
-        assert self._together or not worker.doomed, "a job is given to somebody who is about to go"
+        going = worker.kills or worker.expired or worker.faulty  # not shot: an end may cross the signal
+        assert self._together or not going, "a job is given to somebody who is about to go"
         others = [other for other in self.workers.values() if not self._given_up(other)]
         for job in jobs:
             assert worker.lane is job.lane
