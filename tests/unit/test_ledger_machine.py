@@ -137,7 +137,8 @@ class World:
         looks, self._looks = self._looks, []
         for number in looks:  # into its page
             worker = self.workers.get(number)
-            if worker is not None and worker.inbox and worker.running is None:
+            stuck = worker is None or worker.frozen or worker.unkillable
+            if worker is not None and not stuck and worker.inbox and worker.running is None:
                 self.tell(f.JobStarted(number, worker.inbox[0].id, self.now))
         return actions
 
