@@ -784,7 +784,8 @@ class Machine(RuleBasedStateMachine):
         """Nothing but the pool itself shall stand in its way."""
         world = self.world
         for worker in world.workers.values():
-            if worker.running is not None and not worker.running.hard and not worker.doomed:
+            going = worker.kills or worker.expired or worker.faulty
+            if worker.running is not None and not worker.running.hard and not going:  # a cancel may ask for no SIGKILL
                 worker.frozen = worker.unkillable = False
         world.tell(f.Paused(False))
         if not world.begun and not world.finished:
