@@ -40,7 +40,7 @@ from mpworker.pool.frames import (
     unpack_start,
 )
 from mpworker.pool.heirlooms import Heirlooms
-from mpworker.pool.page import Page, results, who_ran
+from mpworker.pool.page import Page, results, who_ran, whole
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
 
@@ -344,6 +344,8 @@ class Handle:
                 frames, fault = list(exc.before), exc
             try:
                 for frame in frames:
+                    if frame.kind is Kind.RESULTS and not whole(frame):
+                        raise ProtocolError("the dispatcher sent damaged results")
                     if frame.kind is Kind.RESULTS and not starts:
                         yield frame
                         continue

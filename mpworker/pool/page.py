@@ -216,6 +216,12 @@ def check(frame: Frame, peer: str) -> tuple[tuple[int, ...], float]:
     return jobs, sum(runtimes)
 
 
+def whole(frame: Frame) -> bool:
+    """Whether a RESULTS frame can be read; what its jobs' bodies are worth shows when each is opened."""
+    size = len(frame.extra) - _WHO.size
+    return size > 0 and size % _RECORD.size == 0
+
+
 def results(frame: Frame) -> Iterator[Ran]:
     """The jobs of a RESULTS frame, in order."""
     body, end = frame.body, 0
