@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,9 @@ class PoolOptions:
     warm: bool = True
     label: str = ""
 
-    def to_json(self, **more: Any) -> bytes:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__} | more).encode()
+    def to_json(self, heirlooms: Iterable[int] = ()) -> bytes:
+        told = {name: getattr(self, name) for name in self.__slots__}
+        return json.dumps(told | {"heirlooms": list(heirlooms)}).encode()
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +151,7 @@ class Handle:
         self._outbox = Outbox()
         self._loose.clear()
         self._outbox.put(
-            encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(heirlooms=fds), body=self._boot)
+            encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot)
         )
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
