@@ -150,9 +150,7 @@ class Handle:
         self._reader = FrameReader("the dispatcher")
         self._outbox = Outbox()
         self._loose.clear()
-        self._outbox.put(
-            encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot)
-        )
+        self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot))
         if self._size != self.options.size:
             self._outbox.put(encode(Kind.RESIZE, self._size))
         self.flush()
