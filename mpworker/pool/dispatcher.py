@@ -56,9 +56,6 @@ _PARENT_CHECK = 0.5
 _STOPPED = 1.0
 #: … and for how long it then listens before it acts.
 _LISTEN = 0.25
-#: Seconds that the loop rests while workers hold batches of tiny jobs. What they report meanwhile is heard in one go:
-#: waking up costs more than a tiny job.
-_REST = 0.0005
 #: Objects made before the garbage collector looks: here next to nothing forms cycles, and a queue is long to search.
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
@@ -111,7 +108,6 @@ class Dispatcher:
         self._nursery = Nursery(self._selector, fleet, options, boot.body, self)
         self._touched: set[int] = set()
         self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
-        self._batching = False
         self._listen_until = inf
         self._child_exited = False
         self._orphaned = self._finished = self._paused = False
@@ -148,9 +144,6 @@ class Dispatcher:
                 self._apply(*self._sampler.look(self._ledger.quota.running(), now))
             self._nursery.tick(now)
             self._flush()
-            if self._batching:
-                self._batching = False
-                time.sleep(_REST)
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()
@@ -323,7 +316,6 @@ class Dispatcher:
             frame = Frame(_JOB, job.id, flag, job.soft, job.hard, job.hooks if job.lane else b"", job.body)
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
-            self._batching |= action.batched
 
     def _look(self, action: f.Look) -> None:
         crew = self._fleet.crews.get(action.worker)

@@ -33,6 +33,8 @@ BATCH_SECONDS = 0.001
 BATCH_JOBS = 256
 #: … of which each costs so many seconds besides its run time.
 JOB_COST = 5e-6
+#: Jobs that take less than so many seconds do not wait for the dispatcher between two of them.
+SHORT = 0.002
 #: Seconds after which a worker that was given a bundle and is silent is looked at.
 LOOK_AFTER = 0.1
 #: A worker that will be worn out in so many seconds, or that begins its last job, gets a successor.
@@ -126,6 +128,8 @@ class LaneBook:
         if not self._mean or self.lane is _HOOKS:
             return 1
         fit = int(BATCH_SECONDS / (self._mean + JOB_COST))
+        if fit < 2 and self._mean < SHORT:
+            fit = 2  # one to run and one to go on with: the way here and back would take a good part of its time
         # A fair share of the queue, but for what is done sooner than another worker would be awake.
         share = max(self.waiting // max(1, len(self.workers)), fit // 5)
         return max(1, min(BATCH_JOBS, fit, share))

@@ -280,6 +280,9 @@ class Ledger:
     def _ready(self, event: f.WorkerReady, now: float) -> None:
         if found := self._find(event.worker):
             book, worker = found
+            if worker is book.spare:  # it has no slot yet; it says so again when it has
+                self.late += 1
+                return
             book.ready(worker, event.pid, now)
             if self._warm and self._max_tasks and book is self._tasks:
                 book.wears_out(worker, now)
