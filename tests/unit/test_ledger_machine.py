@@ -8,8 +8,8 @@ here looks inside the ledger.
 from __future__ import annotations
 
 import functools
-import random
 import os
+import random
 import signal
 from array import array
 from collections import Counter
