@@ -271,13 +271,20 @@ class Fleet:
             OSError: no process or descriptor can be had. Nothing is left behind.
         """
         self._oom.forget(time.monotonic())  # a strike of long ago is not what ends a worker next
-        their_page = create()
-        page = Page(os.dup(their_page), worker=worker)
-        data, their_data = socket.socketpair()
-        control, their_control = socket.socketpair()
-        crew = Crew(worker, slot, lane, data, control, page, os.dup(their_page), asked=time.monotonic())
-        fds = [their_data.fileno(), their_control.fileno(), their_page]
-        try:
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            their_page = create()
+            theirs.callback(os.close, their_page)
+            page = Page(os.dup(their_page), worker=worker)
+            ours.callback(page.close)
+            page_fd = os.dup(their_page)
+            ours.callback(os.close, page_fd)
+            ends = socket.socketpair(), socket.socketpair()
+            (data, their_data), (control, their_control) = ends
+            for our_end, their_end in ends:
+                ours.enter_context(our_end)
+                theirs.enter_context(their_end)
+            crew = Crew(worker, slot, lane, data, control, page, page_fd, asked=time.monotonic())
+            fds = [their_data.fileno(), their_control.fileno(), their_page]
             if self.template is not None:
                 request = encode(Kind.FORK, worker, int(lane), float(slot))
                 socket.send_fds(self.template, [request], fds)
@@ -285,13 +292,7 @@ class Fleet:
                 arguments = [*map(str, fds), str(slot), str(int(lane)), str(os.getpid())]
                 crew.popen = self._popen(command("child", *arguments), fds)
                 self.registered(crew, crew.popen.pid)
-        except OSError:
-            crew.close()
-            raise
-        finally:
-            os.close(their_page)
-            their_data.close()
-            their_control.close()
+            ours.pop_all()
         if crew.popen is not None:
             data.sendall(boot)
         data.setblocking(False)

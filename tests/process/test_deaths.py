@@ -17,6 +17,7 @@ from support import PATIENCE, Signpost, wait_until
 from mpworker import ProcessPool, WorkerLost
 from mpworker.errors import BootError
 from mpworker.pool import fleet, handle
+from mpworker.pool.facts import Lane
 
 METHODS = ["fork", "forkserver", "spawn", "auto"]
 SIZE = 2
@@ -265,3 +266,16 @@ def test_a_worker_that_grew_too_big_is_replaced() -> None:
         big = pool.schedule(swell, (250 << 20,), memory_limit=1 << 40).result(PATIENCE)  # for once it may
         assert set(small) == {big}
         assert pool.submit(os.getpid).result(PATIENCE) != big
+
+
+@pytest.mark.parametrize("failing", ["line", "process"])
+def test_a_worker_that_cannot_be_started_leaves_no_descriptor(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no more of these")
+
+    target = {"line": (fleet.socket, "socketpair"), "process": (fleet.subprocess, "Popen")}
+    monkeypatch.setattr(*target[failing], refuse)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no more of these"):
+        fleet.Fleet().spawn(1, 0, Lane.TASKS, b"")
+    assert set(os.listdir("/proc/self/fd")) <= before
