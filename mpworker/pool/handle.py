@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,8 @@ _JOIN_BELOW = 1 << 16
 #: Jobs that travel in one bundle, and the bytes of a call that may.
 _BUNDLE = 256
 _SMALL = 2048
-#: A small job without callbacks: its call, soft and hard limit.
-_Plain = tuple[bytes, float, float]
+#: A small job without callbacks: its number, its call, soft and hard limit.
+_Plain = tuple[int, bytes, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +121,10 @@ class Handle:
         self.finished = False
         self.ready = False
         self._boot, self._heirlooms = boot, heirlooms or Heirlooms()
-        self._ids = itertools.count(1)
+        #: a number for a job that is about to be submitted
+        self.next_id: Callable[[], int] = itertools.count(1).__next__
         self._sent: dict[int, _Sent | _Plain] = {}
-        self._loose: deque[tuple[int, bytes, float, float]] = deque()  # sent by the next flush
+        self._loose: deque[_Plain] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
         self._outbox = Outbox()
@@ -202,19 +203,15 @@ class Handle:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def next_id(self) -> int:
-        """A number for a job that is about to be submitted."""
-        return next(self._ids)
-
     def submit(
         self,
         job: int,
         body: bytes,
-        *,
         soft: float = 0.0,
         hard: float = 0.0,
         memory: int = 0,
         hooks: bytes = b"",
+        *,
         held: bool = False,
     ) -> None:
         """Hands over a packed call.
@@ -228,9 +225,10 @@ class Handle:
             held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
         if held and not hooks and not memory and len(body) < _SMALL:
+            plain = job, body, (soft, hard)
             with self._mutex:
-                self._sent[job] = body, soft, hard
-                self._loose.append((job, body, soft, hard))
+                self._sent[job] = plain
+                self._loose.append(plain)
             return
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
         if memory:
@@ -274,20 +272,24 @@ class Handle:
         loose = self._loose
         while loose:
             with self._mutex, contextlib.suppress(IndexError):
-                job, body, soft, hard = loose.popleft()
-                calls = [body]
+                job, body, limits = loose.popleft()
+                calls, follows = [body], job
                 try:
-                    while (
-                        len(calls) < _BUNDLE
-                        and (after := loose[0])[0] == job + len(calls)
-                        and after[2:] == (soft, hard)
-                    ):
+                    while (follows := follows + 1) < job + _BUNDLE:
+                        after, _, same = loose[0]
+                        if after != follows or same != limits:
+                            break
                         calls.append(loose.popleft()[1])
                 finally:
                     if len(calls) > 1:
-                        self._outbox.put(pack_span(job, soft, hard, calls))
+                        self._outbox.put(pack_span(job, *limits, calls))
                     else:
-                        self._outbox.put(*_submission(job, Lane.TASKS, 0, soft, hard, b"", body))
+                        self._outbox.put(*_submission(job, Lane.TASKS, 0, *limits, b"", body))
+
+    @property
+    def loose(self) -> int:
+        """Small jobs that gather for the next flush."""
+        return len(self._loose)
 
     @property
     def waiting(self) -> int:
@@ -456,9 +458,9 @@ class Handle:
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
-            for job, sent in self._sent.copy().items():
+            for sent in self._sent.copy().values():
                 if type(sent) is tuple:
-                    self._loose.append((job, *sent))
+                    self._loose.append(sent)
                 else:
                     self._gather()
                     self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
@@ -544,7 +546,7 @@ class Handle:
         Returns:
             a token for :meth:`has_taken_back`.
         """
-        token = self._flush_asked = next(self._ids)
+        token = self._flush_asked = self.next_id()
         self._send(encode(Kind.FLUSH, token))
         return token
 

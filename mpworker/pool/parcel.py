@@ -8,10 +8,14 @@ checksum: :mod:`pickle` reserves what a length says before it looks for the byte
 from __future__ import annotations
 
 import json
-import pickle
 import traceback
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from importlib import import_module
+from pickle import HIGHEST_PROTOCOL as _PROTOCOL
+from pickle import dumps, loads
+from sys import modules
+from types import FunctionType
 from typing import Any
 from zlib import crc32
 
@@ -41,8 +45,11 @@ class Outcome(IntEnum):
     VERDICT = 2
 
 
+_VALUE, _ERROR = Outcome.VALUE, Outcome.ERROR
+
+
 def _seal(obj: Any) -> bytes:
-    data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+    data = dumps(obj, _PROTOCOL)
     return data + crc32(data).to_bytes(4, "little")
 
 
@@ -53,8 +60,12 @@ def open_sealed(data: bytes) -> Any:
         PayloadError: its bytes have been damaged; nothing of them was unpickled.
     """
     if crc32(data) != _SOUND:
-        raise PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
-    return pickle.loads(data)  # which ends before the checksum
+        raise _damaged(data)
+    return loads(data)  # which ends before the checksum
+
+
+def _damaged(data: bytes) -> PayloadError:
+    return PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
 
 
 def pack(obj: Any, what: str) -> bytes:
@@ -104,9 +115,26 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
+        if type(fn) is FunctionType:
+            module, name = fn.__module__, fn.__qualname__
+            # As pickle does, which takes several times as long for it, here and in the worker.
+            if getattr(modules.get(module), name, None) is fn:
+                return _seal((module, name, args, kwargs))
         return _seal((fn, args, kwargs))
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
+
+
+def open_call(data: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What :func:`pack_call` packed: function, arguments, keyword arguments; raises whatever unpickling them raises."""
+    if crc32(data) != _SOUND:
+        raise _damaged(data)
+    call = loads(data)
+    if len(call) == 3:
+        return call  # type: ignore[no-any-return]
+    module, name, args, kwargs = call
+    home = modules.get(module)
+    return getattr(home if home is not None else import_module(module), name), args, kwargs
 
 
 def pack_error(exc: BaseException, text: str | None = None) -> bytes:
@@ -120,8 +148,8 @@ def pack_error(exc: BaseException, text: str | None = None) -> bytes:
     if text is None:
         text = "".join(traceback.format_exception(exc))
     try:
-        inner = pickle.dumps(exc, pickle.HIGHEST_PROTOCOL)
-        if type(pickle.loads(inner)) is not type(exc):
+        inner = dumps(exc, _PROTOCOL)
+        if type(loads(inner)) is not type(exc):
             inner = b""
     except BaseException:  # whatever __reduce__ or __init__ raise, sys.exit too: the text below tells the story
         inner = b""
@@ -141,7 +169,7 @@ def unpack_error(body: bytes) -> BaseException:
     exc: BaseException | None = None
     if inner:
         try:
-            exc = pickle.loads(inner)
+            exc = loads(inner)
         except BaseException:  # the class exists only in the child, say, or unpickling it exits
             exc = None
     if not isinstance(exc, BaseException):
@@ -153,7 +181,7 @@ def unpack_error(body: bytes) -> BaseException:
 def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
-        return Outcome.VALUE, _seal(value)
+        return _VALUE, _seal(value)
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
@@ -168,9 +196,9 @@ def open_outcome(flag: int, body: bytes) -> tuple[bool, Any]:
     """
     sent = "result"
     try:
-        if flag == Outcome.VALUE:
+        if flag == _VALUE:
             return True, open_sealed(body)
-        if flag == Outcome.ERROR:
+        if flag == _ERROR:
             sent = "error"
             return False, unpack_error(body)
     except BaseException as exc:  # what a child sent must not end the thread that reads it

@@ -39,9 +39,9 @@ class Watchdog(threading.Thread):
     """
 
     #: Seconds after which a job counts as long and those behind it go back to the dispatcher.
-    HAND_BACK = 0.002
+    HAND_BACK = 0.004
     #: … if it is not done so many seconds later.
-    MOMENT = 0.001
+    MOMENT = 0.002
 
     def __init__(self, worker: Worker, control: socket.socket) -> None:
         super().__init__(name="mpworker-watchdog", daemon=True)
@@ -49,16 +49,17 @@ class Watchdog(threading.Thread):
         self._reader = FrameReader("the dispatcher")
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
-        self._wakes_at = inf
+        #: when it looks again
+        self.wakes_at = inf
         self._busy_at = 0.0
         #: a long job runs: what arrives behind it must not wait for it
         self._reading = False
 
-    def expect(self, alarm: float) -> None:
-        """From the task thread: be awake at ``alarm``. Costs a system call only if it would not be."""
-        if alarm < self._wakes_at:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake_writer, b"!")
+    def wake(self, alarm: float) -> None:
+        """From the task thread, if :attr:`wakes_at` is later: be awake at ``alarm``."""
+        self.wakes_at = alarm  # not again until it has woken up and looked, which may take it a while
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"!")
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
@@ -67,7 +68,7 @@ class Watchdog(threading.Thread):
         poll.register(self._wake_reader, select.POLLIN)
         while True:
             now = time.monotonic()
-            self._wakes_at = due = self._look(now)
+            self.wakes_at = due = self._look(now)
             if worker.alarm() < due:
                 continue  # a job began between the look and the promise
             if self._reading:
