@@ -32,7 +32,7 @@ logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
 COUNTS = ("done", "failed", "timed_out", "lost", "cancelled")
 #: Submissions that may wait for company while others are unfinished.
-_COMPANY = 64
+_COMPANY = 128
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 #: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
 _gate = threading.RLock()
@@ -152,9 +152,11 @@ class Results:
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
         self._few = 2 * handle.options.size
+        self._much = 4 * handle.options.size + 4 * _COMPANY
         self._calling = False  # it may be in a callback, which may take long
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
+        self._poll, self._polled = select.poll(), (-1, 0)
         self.thread = threading.Thread(target=self._run, name="mpworker-results", daemon=True)
 
     def start(self) -> None:
@@ -175,8 +177,12 @@ class Results:
         handle = self.handle
         if handle.loose >= _COMPANY or handle.pending <= self._few or self._calling:
             handle.flush()
-        if self._asleep:
+        if self._asleep and not self._plenty():
             self.wake()
+
+    def _plenty(self) -> bool:
+        """The dispatcher has so much that what is loose may wait for company until something of that is finished."""
+        return self.handle.pending - self.handle.loose > self._much
 
     def wake(self) -> None:
         """Makes the thread look at the outbox, if something is left in it."""
@@ -214,13 +220,15 @@ class Results:
             os.close(self._wake_writer)
 
     def _wait(self) -> None:
-        poll = select.poll()
         line = self.handle.fileno()
         self._asleep = True
-        full = not self.handle.flush()
-        poll.register(line, select.POLLIN | (select.POLLOUT if full else 0))
-        poll.register(self._wake_reader, select.POLLIN)
-        for descriptor, mask in poll.poll():
+        wanted = select.POLLIN if self.handle.flush(gather=not self._plenty()) else select.POLLIN | select.POLLOUT
+        if self._polled != (line, wanted):  # a new dispatcher, a full line
+            self._poll = select.poll()
+            self._poll.register(line, wanted)
+            self._poll.register(self._wake_reader, select.POLLIN)
+            self._polled = line, wanted
+        for descriptor, mask in self._poll.poll():
             if descriptor == self._wake_reader:
                 os.read(descriptor, 4096)
             elif mask & select.POLLOUT:

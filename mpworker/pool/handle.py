@@ -28,6 +28,7 @@ from mpworker.pool import boot as booting
 from mpworker.pool import fleet, linux
 from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
+    CHUNK,
     LONGEST_WAIT,
     Frame,
     FrameReader,
@@ -281,10 +282,7 @@ class Handle:
                             break
                         calls.append(loose.popleft()[1])
                 finally:
-                    if len(calls) > 1:
-                        self._outbox.put(pack_span(job, *limits, calls))
-                    else:
-                        self._outbox.put(*_submission(job, Lane.TASKS, 0, *limits, b"", body))
+                    self._outbox.put(pack_span(job, *limits, calls))
 
     @property
     def loose(self) -> int:
@@ -301,9 +299,14 @@ class Handle:
         """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
         return bool(self._outbox or self._loose)
 
-    def flush(self) -> bool:
-        """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit."""
-        self._gather()
+    def flush(self, gather: bool = True) -> bool:
+        """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit.
+
+        Args:
+            gather: also what still waits for company.
+        """
+        if gather:
+            self._gather()
         while self._outbox:
             if not self._flushing.acquire(blocking=False):
                 return False  # whoever is at it will see what we appended
@@ -367,6 +370,8 @@ class Handle:
             if not data:
                 yield from self._lost_dispatcher()
                 return
+            if len(data) < CHUNK:
+                return  # that was all; else the line is still readable
 
     def took(self, job: int) -> bool:
         """A job of a RESULTS frame is being settled.

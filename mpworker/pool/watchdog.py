@@ -27,8 +27,8 @@ _TERM_TO_KILL = 0.1
 #: Seconds between two tries to interrupt a task. Python hears of a signal that falls into C code only behind it: if a
 #: blocking call comes first, that has to be interrupted too.
 _NUDGE = 0.05
-#: Seconds for which the thread stays awake after the last job, so that the next one need not wake it.
-_LINGER = 1.0
+#: Seconds for which the thread looks again and again after the last job, so that the next one need not wake it.
+_LINGER = 0.1
 
 
 class Watchdog(threading.Thread):
@@ -51,7 +51,6 @@ class Watchdog(threading.Thread):
         os.set_blocking(self._wake_writer, False)
         #: when it looks again
         self.wakes_at = inf
-        self._busy_at = 0.0
         #: a long job runs: what arrives behind it must not wait for it
         self._reading = False
 
@@ -90,8 +89,7 @@ class Watchdog(threading.Thread):
             current = worker.current
             self._reading = False
             if current is None:
-                return self._busy_at + _LINGER if now < self._busy_at + _LINGER else inf
-            self._busy_at = now
+                return now + self.HAND_BACK if now < worker.began + _LINGER else inf
             if now >= current.hard_at:
                 worker.doomed = True
                 stack = worker.stack()
@@ -117,8 +115,7 @@ class Watchdog(threading.Thread):
         if soft is not None:
             worker.send(encode(Kind.SOFT, current.job, a=soft))
         self._give_back(returned)
-        alarm = min(worker.alarm(), now + _NUDGE if current.unheard else inf)
-        return alarm if alarm < inf else now + _LINGER
+        return min(worker.alarm(), now + _NUDGE if current.unheard else inf)
 
     def _announce(self, current: Current) -> None:
         """A job of a bundle turns out long: now the dispatcher must know of it, and of those that were done before."""

@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from fcntl import F_GETFD, fcntl
 from math import inf
 from signal import ITIMER_REAL, setitimer
 from time import monotonic
@@ -103,11 +104,13 @@ class Worker:
         self.current: Current | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
+        self._fd = data.fileno()
         self._reader = FrameReader("the dispatcher")
         self._sending = threading.Lock()
         self._unsent = b""
         self._sent_at = 0.0
         self._peak = 0.0
+        self.began = -inf  # the last job
         self._fresh = self._kept = 0  # bytes in memory: before the first job; later, beyond that, as last told
         self._read_at = -inf  # when they were last read; nothing large can have happened since, if not -inf
         self._leaving = False
@@ -255,6 +258,7 @@ class Worker:
             self.send()
         started = monotonic()
         self._soft_due, self._soft_raised = False, None
+        self.began = started
         current = Current(job, started, soft, hard, flag & BATCHED != 0, quiet)
         with self.gate:
             if not (revoked := job in self.revoked):
@@ -291,6 +295,10 @@ class Worker:
         runtime = monotonic() - started
         if current.quiet:
             # Its result waits in the page for others, but not long.
+            try:
+                fcntl(self._fd, F_GETFD)
+            except OSError:  # the job has closed our line: no result of it counts, and those of others are in the page
+                os._exit(EX_UNREADY)
             with self._sending:
                 if kept := page.add(job, flag, started, runtime, body):
                     page.end()
