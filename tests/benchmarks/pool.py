@@ -29,11 +29,15 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 #: Seconds that one figure may take, start and end of its process included; and a little for each task of a long queue.
 PATIENCE = 120.0
 _PATIENCE_PER_TASK = 0.0004
+#: The standard library has its bytecode; without its own, a library would be compiled again and again.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def collect(cells: list[str], names: list[str], rounds: int, quick: bool, deep: bool) -> Iterator[tuple[int, Figures]]:
     """All figures so far after each round; within it cell by cell, the peers taking turns."""
     figures: Figures = {}
+    for name in names:
+        measure(name, "start", 0, quick)  # not counted: files come into memory, bytecode is written
     for turn in range(rounds):
         for cell_name in cells:
             cell = CELLS[cell_name]
@@ -57,6 +61,7 @@ def measure(name: str, cell_name: str, size: int, quick: bool) -> dict[str, floa
         [sys.executable, _HERE / cell.script, name, cell_name, *numbers],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=_ENVIRONMENT,
         start_new_session=True,
     )
     try:
