@@ -146,13 +146,15 @@ def growth(peer: Peer, count: int, size: int) -> dict[str, float]:
 def mixed(peer: Peer, count: int, size: int) -> dict[str, float]:
     """Milliseconds until tiny tasks have their results, beside a long one and another worker that is free.
 
-    ``max`` and ``p50`` are of a steady row while the long one runs. ``burst`` is the last of a burst with the long one
-    in its midst, the worst of five, and ``burst, added`` by how much that is later than without it.
+    ``max`` and ``p50`` are of a steady row while the long one runs, ``max alone`` of the same row without it. ``burst``
+    is the last of a burst with the long one in its midst, the worst of five, and ``burst, added`` by how much that is
+    later than without it.
     """
-    steady = _delays(peer, count, _BEAT, long=count * _BEAT + 0.2, at=0)
+    steady, alone = _delays(peer, count, _BEAT, long=count * _BEAT + 0.2, at=0), _delays(peer, count, _BEAT)
     bursts = [(max(_delays(peer, 200, 0, long=0.2, at=100)), max(_delays(peer, 200, 0))) for _ in range(5)]
-    last, alone = max(burst for burst, _ in bursts), _middle([burst for _, burst in bursts])
-    return {"max": max(steady), "p50": _middle(steady), "burst": last, "burst, added": max(0.0, last - alone)}
+    last, without = max(burst for burst, _ in bursts), _middle([burst for _, burst in bursts])
+    figures = {"max": max(steady), "max alone": max(alone), "p50": _middle(steady)}
+    return figures | {"burst": last, "burst, added": max(0.0, last - without)}
 
 
 def _delays(peer: Peer, count: int, beat: float, long: float = 0.0, at: int = -1) -> list[float]:

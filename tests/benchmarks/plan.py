@@ -109,7 +109,8 @@ CELLS = {
         200,
         100,
         (Target(20, part="max", worst=True), Target(20, part="burst, added")),
-        "Tiny tasks that were handed out together with the long one come back only once it has shown to be long.",
+        "How far the machine itself is to blame is in the column without the long one (max alone). Tiny tasks that "
+        "were handed out together with it come back once it has shown to be long, after 2 to 3 ms.",
         more_is_better=False,
     ),
     "start": Cell(
@@ -123,7 +124,8 @@ CELLS = {
             Target(1.5, "ProcessPoolExecutor forkserver", ours="mpworker forkserver"),
             Target(1.5, "ProcessPoolExecutor spawn", ours="mpworker spawn"),
         ),
-        "The dispatcher is an interpreter that starts from nothing, whatever the start method of the workers.",
+        "The parent imports the pool, then starts an interpreter for the dispatcher, which imports it once more; only "
+        "after that are there workers.",
         more_is_better=False,
         pools=(*_OURS, *_EXECUTORS, *(name for name in PEERS if name not in (*_OURS, *_EXECUTORS)), "joblib"),
         baseline="ProcessPoolExecutor",
@@ -135,6 +137,7 @@ CELLS = {
         3,
         (Target(50, ours="mpworker auto", part="busy"), Target(50, ours="mpworker auto", part="idle")),
         more_is_better=False,
+        why="A worker that is not forked starts an interpreter and imports the application.",
         pools=(*_OURS, "multiprocessing", "billiard", "pebble"),
     ),
     "memory": Cell(
@@ -143,7 +146,8 @@ CELLS = {
         1,
         1,
         (Target(1, "billiard", ours="mpworker auto", part="per worker"),),
-        "A worker of ours has a second thread and its own page beside what it shares with the template.",
+        "numpy's OpenBLAS starts a thread for each further CPU when it is imported, so that auto finds more than one "
+        "in the template and spawns, where prefork forks all the same. What is not shared is then each worker's own.",
         more_is_better=False,
         pools=(*_OURS, "billiard", "billiard, gc.freeze()", "multiprocessing"),
         baseline="billiard",
@@ -170,6 +174,8 @@ CELLS = {
         10_000,
         5_000,
         (Target(0.5, "mpworker", size=64, beside_size=1), Target(0.5, "mpworker", size=64, beside_size=2)),
+        why="Whoever is idle gets a tiny task at once: the more workers, the fewer tasks travel together, and the more "
+        "often a process has to be woken for one.",
         pools=("mpworker", "multiprocessing", "ProcessPoolExecutor"),
         sizes=(1, 2, 4, 8, 16, 32, 64),
         quick_sizes=(1, 2, 8, 64),
