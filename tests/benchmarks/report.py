@@ -34,7 +34,8 @@ def report(figures: Figures, skipped: list[str], rounds: int, command: str, cpus
         lines += [f"- Target: {words}" for words, _ in verdicts]
         if missed := [words for words, met in verdicts if met is False]:
             short += [f"- `{name}`: {' '.join(missed)} {cell.why}".replace(" **not met**,", "").rstrip()]
-    return "\n".join([*lines, "", "## What falls short of its target, and why", "", *(short or ["Nothing."])]) + "\n"
+    short = short or ["Nothing that was measured in this run."]
+    return "\n".join([*lines, "", "## What falls short of its target, and why", "", *short]) + "\n"
 
 
 def _table(name: str, figures: Figures) -> list[str]:
