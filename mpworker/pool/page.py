@@ -14,7 +14,6 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,6 +57,8 @@ def create() -> int:
         OSError: there is no memory or no descriptor.
     """
     if not hasattr(os, "memfd_create"):
+        import tempfile  # here: it brings compressors and random numbers with it, and each start of a pool would wait
+
         with tempfile.TemporaryFile() as file:
             os.ftruncate(file.fileno(), SIZE)
             return os.dup(file.fileno())
