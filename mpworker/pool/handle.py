@@ -128,6 +128,7 @@ class Handle:
         self._loose: deque[_Plain] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
+        self._limits = 0.0, 0.0
         self._outbox = Outbox()
         self._flushing = threading.Lock()
         #: what is noted here and what is put into the outbox change together
@@ -226,7 +227,10 @@ class Handle:
             held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
         if held and not hooks and not memory and len(body) < _SMALL:
-            plain = job, body, (soft, hard)
+            limits = soft, hard
+            if limits != self._limits:  # most have the same, and share it
+                self._limits = limits
+            plain = job, body, self._limits
             with self._mutex:
                 self._sent[job] = plain
                 self._loose.append(plain)

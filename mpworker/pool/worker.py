@@ -392,7 +392,10 @@ class Worker:
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
-        current, word = self.current, (float(done), float(total), str(message))
+        try:
+            current, word = self.current, (float(done), float(total), str(message))
+        except OverflowError:
+            raise ValueError("progress is told in numbers that fit into a float") from None
         if current is None:
             return
         current.untold = word
