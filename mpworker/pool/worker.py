@@ -63,8 +63,9 @@ _LITTLE = 0.0005
 class Current:
     """The job in the task thread. Times are ``time.monotonic()``, limits seconds."""
 
-    #: since when it seems to be long, or 0
+    #: since when it seems to be long, or 0; and how long its thread had had no processor by then
     slow: float = 0.0
+    queued: float = 0.0
     #: it runs for so long that those behind it have been handed back
     long: bool = False
     #: when it may tell its progress again, and what it has not told since
