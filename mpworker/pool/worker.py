@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool.chunks import Run
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
 from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.memory import resident
@@ -96,10 +97,12 @@ class Worker:
 
     def __init__(self, data: socket.socket, control: socket.socket, page: Page, lane: Lane, slot: int) -> None:
         self.data, self.page, self.lane, self.slot = data, page, lane, slot
-        #: guards inbox, current, revoked, doomed: the boundary between two jobs
+        #: guards inbox, current, chunk, revoked, doomed: the boundary between two jobs
         self.gate = threading.Lock()
         self.inbox: deque[Frame] = deque()
         self.current: Current | None = None
+        #: what the current job is, if it is a chunk of several items
+        self.chunk: Run | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
         self._reader = FrameReader("the dispatcher")
@@ -405,6 +408,27 @@ class Worker:
             self._soft_due = False
             self._strike(sys._getframe())
 
+    # -- for a chunk ---------------------------------------------------------------------------------------------
+
+    def begin_chunk(self, run: Run) -> None:
+        """The current job is a chunk: its limits are those of an item, and the watchdog arms them when it looks."""
+        with self.gate:
+            if self.current is not None:
+                self.current.soft_at = self.current.hard_at = inf
+            self.chunk = run
+        self.watchdog.expect(run.due)
+
+    def end_chunk(self) -> None:
+        with self.gate:
+            self.chunk = None
+
+    def heed(self) -> None:
+        """From here on the task may be interrupted; at once if that is due."""
+        self._interruptible = True
+        if self._soft_due:
+            self._soft_due = False
+            self._raise_soft()
+
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
     def alarm(self) -> float:
@@ -413,6 +437,8 @@ class Worker:
         if current is None:
             return inf
         alarm = min(current.soft_at, current.hard_at)
+        if (chunk := self.chunk) is not None:
+            alarm = min(alarm, chunk.due)
         if not current.batched or current.long:
             return alarm
         return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + Watchdog.HAND_BACK)
