@@ -103,24 +103,41 @@ def _shaped(items: Sequence[Any], what: str, shape: Shape) -> Iterator[tuple[Sha
     if inner <= _NUMBERS:
         yield shape, items
     elif inner <= _PLAIN:
-        weights = list(map(getsizeof, items) if kinds is inner else (sum(map(getsizeof, item)) for item in items))
-        for start, end in _parts(weights):
-            yield shape, items[start:end]
+        weigh = _length if kinds <= _TEXTS else _size if inner is kinds else _size_of_rows
+        yield from ((shape, part) for part in _light(items, weigh))
     else:
-        parcels = [pack(item if shape is Shape.ROW else (item,), what) for item in items]
-        for start, end in _parts(list(map(len, parcels))):
-            yield Shape.PARCEL, parcels[start:end]
+        parcels: list[bytes] = []
+        weight = 0
+        for item in items:
+            parcel = pack(item if shape is Shape.ROW else (item,), what)
+            if parcels and weight + len(parcel) > MOST_BYTES:
+                yield Shape.PARCEL, parcels
+                parcels, weight = [], 0
+            parcels.append(parcel)
+            weight += len(parcel)
+        yield Shape.PARCEL, parcels
 
 
-def _parts(weights: list[int]) -> Iterator[tuple[int, int]]:
+def _light(items: Sequence[Any], weigh: Callable[[Sequence[Any]], int]) -> Iterator[Sequence[Any]]:
     """Parts that are not too heavy, or consist of one item."""
-    start = 0
-    while start < len(weights):
-        end = len(weights)
-        while end - start > 1 and sum(weights[start:end]) > MOST_BYTES:
-            end = start + (end - start) // 2
-        yield start, end
-        start = end
+    if len(items) == 1 or weigh(items) <= MOST_BYTES:
+        yield items
+    else:
+        middle = len(items) // 2
+        yield from _light(items[:middle], weigh)
+        yield from _light(items[middle:], weigh)
+
+
+def _length(items: Sequence[Any]) -> int:
+    return sum(map(len, items))
+
+
+def _size(items: Sequence[Any]) -> int:
+    return sum(map(getsizeof, items))
+
+
+def _size_of_rows(rows: Sequence[Any]) -> int:
+    return sum(map(getsizeof, chain.from_iterable(rows)))
 
 
 # -- the worker ------------------------------------------------------------------------------------------------------
@@ -212,17 +229,13 @@ class Run:
 
     def _keep(self, value: Any) -> Entry:
         """A result as it can wait and travel with others."""
-        value = settle(value)
         kind = type(value)
-        if kind in _NUMBERS:
-            return value
-        entry: Entry = value
         if kind in _TEXTS:
-            weight = len(value)
-        elif kind is tuple and set(map(type, value)) <= _PLAIN:
-            weight = sum(map(getsizeof, value))
+            entry, weight = value, len(value)
+        elif kind is tuple and _NUMBERS.issuperset(map(type, value)):
+            return value
         else:
-            flag, body = pack_outcome(value)
+            flag, body = pack_outcome(settle(value))
             if flag == Outcome.ERROR:
                 self._fail(body)
                 return None
