@@ -514,6 +514,8 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.HookCalled(crew.worker, job, flag, extra, body)
     if kind is Kind.PROGRESS:
         return f.JobProgressed(crew.worker, job, a, b, body)
+    if kind is Kind.CUT:
+        return f.JobCut(crew.worker, job, body)
     if kind is Kind.KEPT:
         return f.MemoryKept(crew.worker, int(a))
     if kind is Kind.SOFT:

@@ -70,6 +70,7 @@ class Kind(IntEnum):
     RETURNED = 35  # job: one that was not started
     RESULTS = 38  # of several jobs: see mpworker.pool.page
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
+    CUT = 39  # job, body: what is known of it, for the parent; it will not begin the rest of its items
     KEPT = 37  # a: bytes that jobs have left in this process, until it says otherwise
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along

@@ -332,7 +332,7 @@ class Handle:
         Args:
             starts: each DONE comes after a STARTED. Else that is left out where both are known at the same time.
 
-        That is STARTED, SOFT, PROGRESS, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
+        That is STARTED, SOFT, PROGRESS, CUT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
@@ -413,7 +413,7 @@ class Handle:
             return False
         elif kind is Kind.HOOK_ENDED:
             self._hooked.pop(frame.job, None)
-        elif kind in (Kind.SOFT, Kind.PROGRESS):
+        elif kind in (Kind.SOFT, Kind.PROGRESS, Kind.CUT):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
             told = json.loads(frame.body)

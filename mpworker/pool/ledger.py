@@ -104,6 +104,7 @@ class Ledger:
             f.JobStarted: self._started,
             f.SoftLimitHit: self._soft,
             f.JobProgressed: self._progressed,
+            f.JobCut: self._cut,
             f.JobExpired: self._expired,
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
@@ -330,6 +331,10 @@ class Ledger:
     def _progressed(self, event: f.JobProgressed, now: float) -> None:
         if self._running(event) is not None and not self._parent_is_full:  # nobody needs it as much as its memory
             self._tell(Kind.PROGRESS, event.job, a=event.done, b=event.total, body=event.message)
+
+    def _cut(self, event: f.JobCut, now: float) -> None:
+        if self._running(event) is not None:
+            self._tell(Kind.CUT, event.job, body=event.report)
 
     def _expired(self, event: f.JobExpired, now: float) -> None:
         if (found := self._running(event)) is not None:

@@ -1,4 +1,5 @@
-"""The second thread of a worker: soft limit, hard limit, hand back, and the dispatcher's word while a task runs.
+"""The second thread of a worker: soft limit, hard limit, hand back, the cut of a chunk, and the dispatcher's word while
+a task runs.
 
 Owns the clock of the current job. Never runs user code. It cannot run while C code holds the GIL or while the process
 is stopped, which is why the dispatcher holds the same deadline and a little grace.
@@ -88,12 +89,14 @@ class Watchdog(threading.Thread):
         """Does what is due and returns when to look again."""
         worker = self._worker
         returned: list[int] = []
-        soft = stack = None
+        soft = stack = cut = None
         with worker.gate:
             current = worker.current
             self._reading = False
             if current is None:
                 return now + self.HAND_BACK if now < worker.began + _LINGER else inf
+            if (chunk := worker.chunk) is not None and now >= chunk.due and chunk.look(current, now):
+                cut = chunk
             if now >= current.hard_at:
                 worker.doomed = True
                 stack = worker.stack()
@@ -111,8 +114,10 @@ class Watchdog(threading.Thread):
                     returned = worker.hand_back()
                 except ProtocolError:  # as at the end of the line: nobody can reach us any more
                     os.killpg(os.getpgrp(), signal.SIGKILL)
-        if stack is not None or soft is not None or current.long:
+        if stack is not None or soft is not None or cut is not None or current.long:
             self._announce(current)
+        if cut is not None:
+            worker.send(cut.word(current.job))
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
             self._die()

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool.chunks import Run
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
 from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
 from mpworker.pool.memory import resident
@@ -99,10 +100,12 @@ class Worker:
 
     def __init__(self, data: socket.socket, control: socket.socket, page: Page, lane: Lane, slot: int) -> None:
         self.data, self.page, self.lane, self.slot = data, page, lane, slot
-        #: guards inbox, current, revoked, doomed: the boundary between two jobs
+        #: guards inbox, current, chunk, revoked, doomed: the boundary between two jobs
         self.gate = threading.Lock()
         self.inbox: deque[Frame] = deque()
         self.current: Current | None = None
+        #: what the current job is, if it is a chunk of several items
+        self.chunk: Run | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
         self._fd = data.fileno()
@@ -365,7 +368,7 @@ class Worker:
                 if self.lane is _HOOKS:
                     callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
-                    function, args, kwargs = self._unpack_call(frame.body)
+                    function, args, kwargs = self.unpack(frame.body, open_call)
                     value = function(*args, **kwargs)
                     if type(value) is CoroutineType:
                         value = coroutines.settle(value)
@@ -423,6 +426,28 @@ class Worker:
             self._soft_due = False
             self._strike(sys._getframe())
 
+    # -- for a chunk ---------------------------------------------------------------------------------------------
+
+    def begin_chunk(self, run: Run) -> None:
+        """The current job is a chunk: its limits are those of an item, and the watchdog arms them when it looks."""
+        with self.gate:
+            if self.current is not None:
+                self.current.soft_at = self.current.hard_at = inf
+            self.chunk = run
+        if run.due < self.watchdog.wakes_at:
+            self.watchdog.wake(run.due)
+
+    def end_chunk(self) -> None:
+        with self.gate:
+            self.chunk = None
+
+    def heed(self) -> None:
+        """From here on the task may be interrupted; at once if that is due."""
+        self._interruptible = True
+        if self._soft_due:
+            self._soft_due = False
+            self._raise_soft()
+
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
     def alarm(self) -> float:
@@ -431,6 +456,8 @@ class Worker:
         if current is None:
             return inf
         alarm = min(current.soft_at, current.hard_at)
+        if (chunk := self.chunk) is not None:
+            alarm = min(alarm, chunk.due)
         if not current.batched or current.long:
             return alarm
         return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + _HAND_BACK)
@@ -503,9 +530,10 @@ class Worker:
         self._soft_raised = error
         return error
 
-    def _unpack_call(self, body: bytes) -> Any:
+    def unpack(self, body: bytes, read: Callable[[bytes], Any]) -> Any:
+        """What the task brings, as ``read`` reads it."""
         try:
-            return open_call(body)
+            return read(body)
         except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
             if exc is self._soft_raised:
                 raise
