@@ -1,19 +1,26 @@
-"""What crosses a pipe: a small fixed header and two opaque byte strings.
+"""What crosses a pipe: a small fixed header and two opaque byte strings, the second of which may be a descriptor.
 
 Owns the layout of a frame, the incremental reader and the outbox that never blocks. Never looks inside a payload.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import socket as sockets
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from socket import recv_fds, socket
+from socket import socket
 from typing import NamedTuple
 from zlib import crc32
 
 from mpworker.errors import ProtocolError
+from mpworker.pool import bulk
+from mpworker.pool.bulk import TICKET_SIZE, Bulk
 
 # magic, kind, flag, extra length, job, a, b, body length; then the checksum of these bytes.
 _HEADER = struct.Struct("<HBBIQddQ")
@@ -22,6 +29,8 @@ HEADER_SIZE = _CHECKED.size
 _UNCHECKED = _HEADER.size
 _START = struct.Struct("<dd")
 _MAGIC = 0x6D77
+#: Of a frame whose body is the ticket of a descriptor.
+_MAGIC_BULK = 0x6D62
 #: A body is never larger than this; a larger length is corruption.
 MAX_BODY = 1 << 40
 #: Seconds that one wait may take: the kernel's own limit is 24 days, and whoever waits looks again.
@@ -30,6 +39,10 @@ LONGEST_WAIT = 3600.0
 #: which costs more than the system call.
 CHUNK = 1 << 16
 _JOIN_BELOW = 1 << 16
+#: Room for the descriptors that one message may bring.
+_FD_SPACE = sockets.CMSG_SPACE(256 * array("i").itemsize)
+_NO_PLACE = contextlib.nullcontext()
+_CLOSE_ON_EXEC = getattr(sockets, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Kind(IntEnum):
@@ -43,6 +56,7 @@ class Kind(IntEnum):
     RESIZE = 4  # job: number of workers
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
+    GOT = 15  # job: bytes in descriptors that have arrived here
     STOP = 7  # end now
     MEMORY = 8  # job that is submitted next, a: memory limit in bytes
     BUNDLE = (
@@ -67,7 +81,7 @@ class Kind(IntEnum):
     DONE = (
         34  # job, flag: outcome kind, a: run time, b: peak memory in bytes, body: outcome; extra: its start, if untold
     )
-    RETURNED = 35  # job: one that was not started
+    RETURNED = 35  # job: one that was not started, flag: 1 if its descriptor got lost
     RESULTS = 38  # of several jobs: see mpworker.pool.page
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     KEPT = 37  # a: bytes that jobs have left in this process, until it says otherwise
@@ -91,6 +105,8 @@ BATCHED = 0x80
 RATIONED = 0x40
 
 _KINDS = {int(kind): kind for kind in Kind}
+#: Those whose body may be a descriptor.
+_MAY_BE_BULK = frozenset((Kind.SUBMIT, Kind.JOB, Kind.DONE, Kind.CALL, Kind.HOOK_QUEUED))
 
 
 class Frame(NamedTuple):
@@ -118,6 +134,27 @@ def encode(
     return header(kind, job, flag, a, b, len(extra), len(body)) + extra + body
 
 
+class Carrier(bytes):
+    """A frame that is sent together with its body's descriptor. See :meth:`Outbox.flush`."""
+
+    frame: Frame
+
+    def in_bytes(self) -> tuple[bytes, bytes]:
+        """The same, the body included."""
+        kind, job, flag, a, b, extra, bulk_body = self.frame
+        body = bulk_body.read() if type(bulk_body) is Bulk else bulk_body
+        return header(kind, job, flag, a, b, len(extra), len(body)) + extra, body
+
+
+def carry(frame: Frame) -> Carrier:
+    """A frame whose body is a :class:`~mpworker.pool.bulk.Bulk`."""
+    kind, job, flag, a, b, extra, body = frame
+    head = _HEADER.pack(_MAGIC_BULK, kind, flag, len(extra), job, a, b, TICKET_SIZE)
+    carrier = Carrier(b"".join((head, crc32(head).to_bytes(4, "little"), extra, body)))
+    carrier.frame = frame
+    return carrier
+
+
 def pack_start(at: float, pid: float) -> bytes:
     """What a STARTED frame would say, as the ``extra`` of the DONE of the same job, which spares a frame."""
     return _START.pack(at, pid)
@@ -135,10 +172,16 @@ class FrameReader:
 
     Args:
         peer: who writes the stream; named in every error.
+        place: makes room for the descriptors that arrive.
+        forgiving: one that this process had no room for may be missing; else that is the peer's fault.
     """
 
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
+    def __init__(
+        self, peer: str, *, place: contextlib.AbstractContextManager[None] = _NO_PLACE, forgiving: bool = False
+    ) -> None:
+        self.peer, self.place = peer, place
+        self.arrivals = bulk.Arrivals()
+        self._forgiving = forgiving
         self._pieces: list[bytes] = []  # of a frame that is not complete
         self._have, self._need = 0, HEADER_SIZE
 
@@ -161,6 +204,8 @@ class FrameReader:
         while (start := position + HEADER_SIZE) <= size:
             magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
+            if magic == _MAGIC_BULK:
+                sound = kind in _MAY_BE_BULK and body == TICKET_SIZE
             if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
                 self._pieces, self._have, self._need = [data[position:]], size - position, 0  # it stays broken
                 raise ProtocolError(f"{self.peer} sent bytes that are no frame", frames)
@@ -169,12 +214,44 @@ class FrameReader:
             if end > size:
                 need = end - position
                 break
-            frames.append(Frame(_KINDS[kind], job, flag, a, b, data[start:middle], data[middle:end]))
+            payload = data[middle:end]
+            if magic == _MAGIC_BULK:
+                if (claimed := self.arrivals.claim(payload)) is None:
+                    self._pieces, self._have, self._need = [data[position:]], size - position, 0
+                    raise ProtocolError(f"{self.peer} sent a frame without the descriptor that belongs to it", frames)
+                payload = claimed
+            frames.append(Frame(_KINDS[kind], job, flag, a, b, data[start:middle], payload))
             position = end
         self._have, self._need = size - position, need
         if self._have:
             self._pieces.append(data[position:])
         return frames
+
+    def receive(self, sock: socket, flags: int = 0) -> bytes | None:
+        """As :func:`receive`, for :meth:`feed`; keeps the descriptors that belong to frames, and closes all others."""
+        data, fds = self.receive_fds(sock, flags)
+        for fd in fds:
+            os.close(fd)
+        return data
+
+    def receive_fds(self, sock: socket, flags: int = 0) -> tuple[bytes | None, list[int]]:
+        """As :meth:`receive`, but the others are the caller's."""
+        try:
+            with self.place:
+                data, ancillary, told, _ = sock.recvmsg(CHUNK, _FD_SPACE, flags | _CLOSE_ON_EXEC)
+        except (BlockingIOError, InterruptedError):
+            return None, []
+        except ConnectionError:
+            return b"", []
+        if told & sockets.MSG_CTRUNC and self._forgiving:
+            self.arrivals.lost += 1
+        if not ancillary:
+            return data, []
+        fds = array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (sockets.SOL_SOCKET, sockets.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        return data, [fd for fd in fds if not self.arrivals.keep(fd)]
 
     @property
     def missing(self) -> int:
@@ -188,6 +265,8 @@ class Outbox:
     def __init__(self) -> None:
         self._pieces: deque[bytes | memoryview] = deque()
         self.size = 0
+        #: bytes in descriptors that were put here by :meth:`put_frame`; who knows that they have arrived takes them off
+        self.carried = 0
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -203,6 +282,10 @@ class Outbox:
     def put_frame(self, frame: Frame) -> None:
         """Appends a frame; a large body is not copied."""
         kind, job, flag, a, b, extra, body = frame
+        if type(body) is Bulk:
+            self.carried += len(body)
+            self.put(carry(frame))
+            return
         head = header(kind, job, flag, a, b, len(extra), len(body))
         if len(body) < _JOIN_BELOW:
             piece = head + extra + body
@@ -216,6 +299,7 @@ class Outbox:
 
         Args:
             send: like ``socket.send`` on a non-blocking socket; its errors, but for "would block", pass through.
+                A :class:`Carrier` has to leave with its descriptor, as by :func:`sender`.
 
         Returns:
             ``True`` when nothing is left.
@@ -228,34 +312,49 @@ class Outbox:
             except (BlockingIOError, InterruptedError):
                 pieces.appendleft(piece)
                 return False
+            except OSError as exc:
+                if type(piece) is not Carrier or exc.errno != errno.ETOOMANYREFS:
+                    raise
+                self._unload(piece)  # too many descriptors of this user are on their way
+                continue
             self.size -= sent
             if sent < len(piece):
                 pieces.appendleft(memoryview(piece)[sent:])
         return True
 
+    def _unload(self, carrier: Carrier) -> None:
+        """Its body leaves in bytes."""
+        pieces = carrier.in_bytes()
+        self._pieces.extendleft(reversed(pieces))
+        self.size += sum(map(len, pieces)) - len(carrier)
+        self.carried -= len(carrier.frame.body)
+
     def _gather(self) -> bytes | memoryview:
         # Many small frames go out in one system call.
         pieces = self._pieces
         first = pieces.popleft()
-        if not pieces or len(first) >= _JOIN_BELOW:
+        if not pieces or len(first) >= _JOIN_BELOW or type(first) is Carrier:
             return first
         batch, size = [first], len(first)
-        while pieces and size + len(pieces[0]) <= _JOIN_BELOW:
+        while pieces and size + len(pieces[0]) <= _JOIN_BELOW and type(pieces[0]) is not Carrier:
             piece = pieces.popleft()
             batch.append(piece)
             size += len(piece)
         return b"".join(batch)
 
 
-def receive_fds(sock: socket) -> tuple[bytes | None, list[int]]:
-    """As :func:`receive`, with the descriptors that came along."""
-    try:
-        data, fds, _, _ = recv_fds(sock, CHUNK, 256)
-        return data, fds
-    except (BlockingIOError, InterruptedError):
-        return None, []
-    except ConnectionError:
-        return b"", []
+def sender(sock: socket) -> Callable[[bytes | memoryview], int]:
+    """``sock.send``, for :meth:`Outbox.flush`."""
+    return lambda piece: send(sock, piece)
+
+
+def send(sock: socket, piece: bytes | memoryview, *fds: int) -> int:
+    """As ``sock.send``; descriptors travel with the first byte: that of a :class:`Carrier`, and others."""
+    if type(piece) is Carrier and type(piece.frame.body) is Bulk:
+        fds = *fds, piece.frame.body.fd
+    if not fds:
+        return sock.send(piece)
+    return sock.sendmsg([piece], [(sockets.SOL_SOCKET, sockets.SCM_RIGHTS, array("i", fds))])
 
 
 def receive(sock: socket) -> bytes | None:

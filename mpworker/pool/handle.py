@@ -26,6 +26,7 @@ from typing import Any
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet, linux
+from mpworker.pool.bulk import Bulk, Place
 from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
     LONGEST_WAIT,
@@ -33,10 +34,11 @@ from mpworker.pool.frames import (
     FrameReader,
     Kind,
     Outbox,
+    carry,
     encode,
     header,
     pack_start,
-    receive_fds,
+    sender,
     unpack_start,
 )
 from mpworker.pool.heirlooms import Heirlooms
@@ -130,7 +132,8 @@ class Handle:
         self._flushing = threading.Lock()
         #: what is noted here and what is put into the outbox change together
         self._mutex = threading.RLock()
-        self._reader = FrameReader("the dispatcher")
+        self._place = Place()
+        self._reader = FrameReader("the dispatcher", place=self._place, forgiving=True)
         self._pages: dict[int, Page] = {}  # by worker
         self._listed: set[int] = set()
         self._process: Any = None
@@ -147,7 +150,7 @@ class Handle:
         forked = self.options.start_method == "fork"
         launch, fds = fleet.launch_forked if forked else fleet.launch, self._heirlooms.fds
         self._process, self._line = launch(fds) if fds else launch()
-        self._reader = FrameReader("the dispatcher")
+        self._reader = FrameReader("the dispatcher", place=self._place, forgiving=True)
         self._outbox = Outbox()
         self._loose.clear()
         self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot))
@@ -192,6 +195,7 @@ class Handle:
             with contextlib.suppress(OSError):
                 line.shutdown(socket.SHUT_RDWR)  # a fork of ours may hold it too
             line.close()
+        self._place.close()
         if self._process is not None:
             try:
                 self._process.wait(_KILL_TIMEOUT)
@@ -307,7 +311,7 @@ class Handle:
                 return False  # whoever is at it will see what we appended
             try:
                 line = self._line
-                if line is None or not self._outbox.flush(line.send):
+                if line is None or not self._outbox.flush(sender(line)):
                     return False
             except OSError:  # the dispatcher died; drain() notices
                 return False
@@ -329,7 +333,7 @@ class Handle:
         """
         for _ in range(_READS_PER_DRAIN):
             line = self._line
-            data, fds = receive_fds(line) if line is not None else (None, [])
+            data, fds = self._reader.receive_fds(line) if line is not None else (None, [])
             for fd in fds:
                 with contextlib.suppress(OSError, ProtocolError):
                     page = Page(fd)
@@ -341,6 +345,7 @@ class Handle:
                 frames = self._reader.feed(data)
             except ProtocolError as exc:  # what came before counts
                 frames, fault = list(exc.before), exc
+            self._confirm()
             try:
                 for frame in frames:
                     if frame.kind is Kind.RESULTS and not whole(frame):
@@ -365,6 +370,13 @@ class Handle:
             if not data:
                 yield from self._lost_dispatcher()
                 return
+
+    def _confirm(self) -> None:
+        """Until it hears of it, the dispatcher takes large results for waiting: they are in nobody's memory yet."""
+        arrivals = self._reader.arrivals
+        if arrivals.claimed:
+            size, arrivals.claimed = arrivals.claimed, 0
+            self._send(encode(Kind.GOT, size))
 
     def took(self, job: int) -> bool:
         """A job of a RESULTS frame is being settled.
@@ -428,6 +440,7 @@ class Handle:
         line, self._line = self._line, None
         if line is not None:
             line.close()
+        self._place.close()
         code = self._process.wait()
         if not self.finished:
             yield from self._read_pages()
@@ -556,6 +569,8 @@ class Handle:
 def _submission(
     job: int, lane: Lane, flag: int, soft: float, hard: float, hooks: bytes, body: bytes
 ) -> tuple[bytes, ...]:
+    if type(body) is Bulk:
+        return (carry(Frame(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, hooks, body)),)
     head = header(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, len(hooks), len(body))
     return (head + hooks + body,) if len(body) < _JOIN_BELOW else (head + hooks, body)
 

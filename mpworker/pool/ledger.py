@@ -316,6 +316,7 @@ class Ledger:
             worker.deadline = inf
         self._settle_recall(job)
         if job.lane is _TASKS:
+            job.body = b""  # it never starts again
             self._tell(_STARTED, job.id, 0, at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
@@ -588,6 +589,7 @@ class Ledger:
         body = pack_verdict(state, **facts)
         if job.lane is Lane.HOOKS:
             self._unload(job, now)
+            job.body = b""  # the dead worker and its job hold each other
             self._tell(Kind.HOOK_ENDED, job.of or job.id, Outcome.VERDICT, body=body)
         else:
             self._tell(Kind.ENDED, job.id, Outcome.VERDICT, body=body)

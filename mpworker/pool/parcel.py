@@ -3,6 +3,7 @@
 Owns pickling, the round-trip check for exceptions and the wording when either fails. Never touches a pipe. Only bytes
 that this node's own processes wrote are ever unpickled here; messages from a broker are not. A parcel ends with its
 checksum: :mod:`pickle` reserves what a length says before it looks for the bytes, so damaged ones never get that far.
+The bodies of calls and results are laid out by :mod:`mpworker.pool.bulk` when they are large.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 from zlib import crc32
@@ -24,10 +25,13 @@ from mpworker.errors import (
     TimeLimitExceeded,
     WorkerLost,
 )
+from mpworker.pool import bulk
 from mpworker.states import JobState
 
 #: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
 _SOUND = 0x2144DF1C
+#: What may be large itself, and where else to look for it, if there is little in there.
+_STRINGS, _BOXES, _A_FEW = frozenset((bytes, bytearray, str)), frozenset((tuple, list, dict)), 16
 
 
 class Outcome(IntEnum):
@@ -46,12 +50,37 @@ def _seal(obj: Any) -> bytes:
     return data + crc32(data).to_bytes(4, "little")
 
 
+def _seal_body(obj: Any, values: Iterable[Any]) -> bytes:
+    """As :func:`_seal`; what is large may come in a descriptor.
+
+    Args:
+        values: where in ``obj`` large strings of bytes are likely.
+    """
+    chunks, buffers = bulk.pickled(obj, _has_large(values))
+    if buffers or len(chunks) > 1 or len(chunks[0]) >= bulk.LARGE:
+        return bulk.lay_out(chunks, buffers)
+    return chunks[0] + crc32(chunks[0]).to_bytes(4, "little")
+
+
+def _has_large(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind in _STRINGS:
+            if len(value) >= bulk.LARGE:
+                return True
+        elif kind in _BOXES and len(value) <= _A_FEW and _has_large(value.values() if kind is dict else value):
+            return True
+    return False
+
+
 def open_sealed(data: bytes) -> Any:
     """What is in a parcel; raises whatever unpickling it raises.
 
     Raises:
         PayloadError: its bytes have been damaged; nothing of them was unpickled.
     """
+    if bulk.is_laid_out(data):
+        return bulk.load(data)
     if crc32(data) != _SOUND:
         raise PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
     return pickle.loads(data)  # which ends before the checksum
@@ -104,7 +133,7 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
-        return _seal((fn, args, kwargs))
+        return _seal_body((fn, args, kwargs), (args, kwargs))
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
@@ -153,7 +182,7 @@ def unpack_error(body: bytes) -> BaseException:
 def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
-        return Outcome.VALUE, _seal(value)
+        return Outcome.VALUE, _seal_body(value, (value,))
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc

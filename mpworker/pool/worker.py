@@ -29,8 +29,9 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool.bulk import Bulk, done_with
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
-from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, encode, header, sender
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
@@ -102,7 +103,7 @@ class Worker:
         self.current: Current | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
-        self._reader = FrameReader("the dispatcher")
+        self._reader = FrameReader("the dispatcher", forgiving=True)
         self._sending = threading.Lock()
         self._unsent = b""
         self._sent_at = 0.0
@@ -154,11 +155,7 @@ class Worker:
     def _wait_for_slot(self) -> None:
         """For a spare: blocks until the one is gone whose place it takes."""
         while self.slot == NO_SLOT:
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 os._exit(0)  # nothing of the user's is open yet
             with self.gate:
                 self.take(received)
@@ -172,11 +169,7 @@ class Worker:
             if self._leaving:
                 return None
             self.send()
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 return None
             with self.gate:
                 self.take(received)
@@ -212,6 +205,17 @@ class Worker:
         except OSError:  # the dispatcher is gone, and so is the reason to live
             os._exit(EX_UNREADY)
 
+    def _send_bulk(self, frame: Frame) -> None:
+        """As :meth:`send`, for a frame whose body is a descriptor."""
+        self.send()
+        box = Outbox()
+        box.put_frame(frame)
+        try:
+            with self._sending:
+                box.flush(sender(self.data))
+        except OSError:
+            os._exit(EX_UNREADY)
+
     def _send_unsent(self) -> None:
         unsent, self._unsent = self._unsent, b""
         if unsent:
@@ -239,21 +243,22 @@ class Worker:
     # -- one job -------------------------------------------------------------------------------------------------
 
     def _execute(self, frame: Frame) -> None:
-        kind, job, flag, soft, hard, _, _ = frame
+        kind, job, flag, soft, hard, _, body = frame
+        lost = type(body) is Bulk and body.fd < 0
         quiet = kind is Kind.BUNDLE
         if quiet and self._unsent:
             self.send()
         started = time.monotonic()
         self._soft_due, self._soft_raised = False, None
         with self.gate:
-            revoked = job in self.revoked
+            revoked = lost or job in self.revoked
             if revoked:
-                del self.revoked[job]
+                self.revoked.pop(job, None)
             else:
                 soft_at, hard_at = started + soft if soft else inf, started + hard if hard else inf
                 self.current = Current(job, started, soft, hard, soft_at, hard_at, bool(flag & BATCHED), quiet)
         if revoked:
-            self.send(encode(Kind.RETURNED, job))
+            self.send(encode(Kind.RETURNED, job, int(lost)))
             return
         if soft or flag & RATIONED:
             self._arm()
@@ -331,6 +336,9 @@ class Worker:
         if runtime > _LITTLE:
             self._read_at = -inf
         peak = self._peak
+        if type(body) is Bulk:
+            self._send_bulk(Frame(Kind.DONE, job, flag, runtime, peak, b"", body))
+            return
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
@@ -374,7 +382,10 @@ class Worker:
             return
         with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.announce()
-            self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+            if type(body) is Bulk:
+                self._send_bulk(Frame(Kind.CALL, self.current.job, flag, 0.0, 0.0, hooks, body))
+            else:
+                self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
@@ -419,9 +430,8 @@ class Worker:
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
-        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
-            if received := self.data.recv(CHUNK, socket.MSG_DONTWAIT):
-                self.take(received)
+        if received := self._reader.receive(self.data, socket.MSG_DONTWAIT):
+            self.take(received)
         jobs = [frame.job for frame in reversed(self.inbox)]
         self.inbox.clear()
         return jobs
@@ -492,6 +502,8 @@ class Worker:
             if exc is self._soft_raised:
                 raise
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
+        finally:
+            done_with(body)
 
 
 def _progress(job: int, word: tuple[float, float, str]) -> bytes:
