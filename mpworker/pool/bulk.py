@@ -274,8 +274,8 @@ class Arrivals:
         self._there: list[Bulk] = []
         #: descriptors that this process had no room for
         self.lost = 0
-        #: bytes of the bodies that frames have asked for, those that got lost included
-        self.claimed = 0
+        #: of each body that a frame has asked for: whether it got lost; emptied by whoever wants to know
+        self.claimed: list[bool] = []
 
     def keep(self, fd: int) -> bool:
         """Takes a descriptor.
@@ -298,16 +298,15 @@ class Arrivals:
 
     def claim(self, ticket: bytes) -> bytes | None:
         """The body that belongs to a frame, if it is there."""
-        size = _TICKET.unpack(ticket)[1]
         for at, body in enumerate(self._there):
             if body == ticket:
                 del self._there[: at + 1]
-                self.claimed += size
+                self.claimed.append(False)
                 return body.read() if _is_scarce(body.fd, _TO_KEEP) else body
         if not self.lost:
             return None
         self.lost -= 1
-        self.claimed += size
+        self.claimed.append(True)
         return Bulk(ticket, -1)
 
 

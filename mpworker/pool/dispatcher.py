@@ -19,6 +19,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -98,6 +99,7 @@ class Dispatcher:
         self._selector = selectors.DefaultSelector()
         parent.setblocking(False)
         self._parent = Wire(self._selector, parent, self._read_parent)
+        self._parent.outbox.unconfirmed = deque()
         self._place = Place()
         self._parent_reader = FrameReader("the parent", place=self._place)
         self._parent_pid = os.getppid()
@@ -183,7 +185,7 @@ class Dispatcher:
     def _flush(self) -> None:
         self._tell_starts()
         self._parent.flush()
-        paused = self._parent.outbox.size + self._parent.outbox.carried > PARENT_HIGH_WATER
+        paused = self._parent.outbox.load > PARENT_HIGH_WATER
         if paused != self._paused:
             self._paused = paused
             self._apply(f.Paused(paused))
@@ -246,7 +248,7 @@ class Dispatcher:
             return
         try:
             frames = self._parent_reader.feed(data or b"")
-            asked = [_asked(frame) for frame in frames if frame.kind is not _GOT or not self._has_arrived(frame)]
+            asked = [_asked(frame) for frame in frames if frame.kind is not _GOT or not self._is_confirmed(frame)]
         except ProtocolError as exc:  # the line cannot be read any further; the parent starts another dispatcher
             self.log(logging.CRITICAL, f"{exc}; the dispatcher ends")
             self._parent.close()
@@ -254,12 +256,15 @@ class Dispatcher:
             return
         self._apply(*asked)
 
-    def _has_arrived(self, frame: Frame) -> bool:
-        """Whether the parent has got what it says, in descriptors: that does not wait for it any longer."""
-        sound = frame.job <= self._parent.outbox.carried
-        if sound:
-            self._parent.outbox.carried -= frame.job
-        return sound
+    def _is_confirmed(self, frame: Frame) -> bool:
+        """Takes in what the parent says of the next descriptor; ``False`` if there is none that it could speak of."""
+        unconfirmed = self._parent.outbox.unconfirmed
+        if not unconfirmed:
+            return False
+        sent = unconfirmed.popleft()
+        if frame.flag and type(sent.body) is Bulk:
+            self._parent.put(sent._replace(body=sent.body.read()))
+        return True
 
     def _tell(self, action: f.Tell) -> None:
         frame = action.frame
@@ -286,6 +291,9 @@ class Dispatcher:
         self._parent.sock.settimeout(5.0)
         with contextlib.suppress(OSError):
             self._parent.outbox.flush(self._parent.send)
+            while self._parent.outbox.unconfirmed and self._parent.open and not self._orphaned:
+                self._read_parent()  # it may want one of them once more
+                self._parent.outbox.flush(self._parent.send)
 
     def _finish(self, action: f.Finish) -> None:
         self._finished = True

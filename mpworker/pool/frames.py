@@ -56,7 +56,7 @@ class Kind(IntEnum):
     RESIZE = 4  # job: number of workers
     FLUSH = 5  # job: token; take back what has not started
     DRAIN = 6  # nothing more will be submitted: finish all, then end
-    GOT = 15  # job: bytes in descriptors that have arrived here
+    GOT = 15  # the next descriptor has arrived here, flag: 1 if it got lost
     STOP = 7  # end now
     MEMORY = 8  # job that is submitted next, a: memory limit in bytes
     BUNDLE = (
@@ -265,14 +265,19 @@ class Outbox:
     def __init__(self) -> None:
         self._pieces: deque[bytes | memoryview] = deque()
         self.size = 0
-        #: bytes in descriptors that were put here by :meth:`put_frame`; who knows that they have arrived takes them off
-        self.carried = 0
+        #: frames with descriptors, if somebody confirms their arrival and takes them out here
+        self.unconfirmed: deque[Frame] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    @property
+    def load(self) -> int:
+        """Bytes that wait here for the peer, and those of descriptors that it has not confirmed."""
+        return self.size + sum(len(frame.body) for frame in self.unconfirmed) if self.unconfirmed else self.size
 
     def put(self, *pieces: bytes) -> None:
         """Appends a frame, in one or several pieces. Safe against other threads and signal handlers."""
@@ -283,7 +288,8 @@ class Outbox:
         """Appends a frame; a large body is not copied."""
         kind, job, flag, a, b, extra, body = frame
         if type(body) is Bulk:
-            self.carried += len(body)
+            if self.unconfirmed is not None:
+                self.unconfirmed.append(frame)
             self.put(carry(frame))
             return
         head = header(kind, job, flag, a, b, len(extra), len(body))
@@ -324,10 +330,13 @@ class Outbox:
 
     def _unload(self, carrier: Carrier) -> None:
         """Its body leaves in bytes."""
-        pieces = carrier.in_bytes()
+        self._pieces.appendleft(carrier)
+        pieces = carrier.in_bytes()  # there may be no memory for that
+        self._pieces.popleft()
         self._pieces.extendleft(reversed(pieces))
         self.size += sum(map(len, pieces)) - len(carrier)
-        self.carried -= len(carrier.frame.body)
+        if self.unconfirmed is not None:
+            self.unconfirmed = deque(frame for frame in self.unconfirmed if frame is not carrier.frame)
 
     def _gather(self) -> bytes | memoryview:
         # Many small frames go out in one system call.

@@ -589,12 +589,12 @@ class Ledger:
         body = pack_verdict(state, **facts)
         if job.lane is Lane.HOOKS:
             self._unload(job, now)
-            job.body = b""  # the dead worker and its job hold each other
             self._tell(Kind.HOOK_ENDED, job.of or job.id, Outcome.VERDICT, body=body)
         else:
             self._tell(Kind.ENDED, job.id, Outcome.VERDICT, body=body)
             if job.hooks:
                 self._hook(job.id, Outcome.VERDICT, job.hooks, body, now)
+        job.body = b""  # the job may stay for a while: in a queue, or with the dead worker, which it holds in turn
         self._settle_recall(job)
 
     def _hook(self, of: int, flag: int, hooks: bytes, body: bytes, now: float) -> None:

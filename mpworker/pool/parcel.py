@@ -30,8 +30,9 @@ from mpworker.states import JobState
 
 #: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
 _SOUND = 0x2144DF1C
-#: What may be large itself, and where else to look for it, if there is little in there.
-_STRINGS, _BOXES, _A_FEW = frozenset((bytes, bytearray, str)), frozenset((tuple, list, dict)), 16
+#: What may be large itself, and where else to look for it: in a few levels of what has little in it.
+_STRINGS, _BOXES = frozenset((bytes, bytearray, str)), frozenset((tuple, list, dict))
+_A_FEW, _LEVELS = 16, 3
 
 
 class Outcome(IntEnum):
@@ -62,13 +63,18 @@ def _seal_body(obj: Any, values: Iterable[Any]) -> bytes:
     return chunks[0] + crc32(chunks[0]).to_bytes(4, "little")
 
 
-def _has_large(values: Iterable[Any]) -> bool:
+def _has_large(values: Iterable[Any], levels: int = _LEVELS) -> bool:
     for value in values:
         kind = type(value)
         if kind in _STRINGS:
             if len(value) >= bulk.LARGE:
                 return True
-        elif kind in _BOXES and len(value) <= _A_FEW and _has_large(value.values() if kind is dict else value):
+        elif (
+            kind in _BOXES
+            and levels
+            and len(value) <= _A_FEW
+            and _has_large(value.values() if kind is dict else value, levels - 1)
+        ):
             return True
     return False
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from math import inf, nan
 from typing import Any
@@ -344,15 +345,41 @@ def test_large_results_count_for_as_long_as_the_parent_has_not_got_them(
     monkeypatch.setattr(dispatchers, "PARENT_HIGH_WATER", LARGE)
     outbox, workers = stage.it._parent.outbox, stage.it._ledger._tasks.workers
     (frame,) = stage.say_large(0, large(Kind.DONE, stage.has[0]))
-    assert (outbox.size, outbox.carried) == (0, len(frame.body)), "it has been sent, which says nothing"
+    assert (outbox.size, outbox.load) == (0, len(frame.body)), "it has been sent, which says nothing"
     stage.ask(encode(Kind.SUBMIT, 8))
     assert not workers[0].jobs
-    stage.ask(encode(Kind.GOT, len(frame.body)))
+    stage.ask(encode(Kind.GOT))
     assert [job.id for job in workers[0].jobs] == [8]
-    told = stage.ask(encode(Kind.GOT, 1))
+    told = stage.ask(encode(Kind.GOT))
     stage.it._say_goodbye()
     told += stage.turn()
     assert any(b"the parent sent a GOT frame, which is not its to send" in frame.body for frame in told)
+
+
+def test_a_large_result_for_which_the_parent_has_no_room_comes_again_in_bytes(stage: Stage) -> None:
+    frames = [large(Kind.DONE, stage.has[worker]) for worker in (0, 1)]
+    for worker in (0, 1):
+        stage.say_large(worker, frames[worker])
+    told = stage.ask(encode(Kind.GOT, flag=1) + encode(Kind.GOT))
+    while not told:
+        told = stage.turn()
+    assert [(frame.job, type(frame.body)) for frame in told] == [(stage.has[0], bytes)]
+    assert told[0].body == frames[0].body.read()  # type: ignore[attr-defined]
+
+
+def test_a_dispatcher_that_is_done_waits_until_the_parent_has_got_everything(stage: Stage) -> None:
+    stage.say_large(0, frame := large(Kind.DONE, stage.has[0]))
+    ending = threading.Thread(target=stage.it._say_goodbye)
+    ending.start()
+    stage.parent.setblocking(True)
+    stage.parent.sendall(encode(Kind.GOT, flag=1))
+    told: list[Frame] = []
+    while not told:
+        told = stage.heard.feed(stage.heard.receive(stage.parent) or b"")
+    ending.join(support.PATIENCE)
+    assert not ending.is_alive()
+    (again,) = told
+    assert (again.job, len(again.body)) == (frame.job, len(frame.body))
 
 
 def test_a_job_whose_descriptor_a_worker_has_no_room_for_comes_again_in_bytes(stage: Stage) -> None:
