@@ -24,7 +24,6 @@ import pickle
 import resource
 import struct
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
@@ -32,7 +31,7 @@ from zlib import crc32
 from mpworker.errors import PayloadError
 
 #: Bodies from here on travel as descriptors. Below, two more system calls and a mapping cost more than the copies.
-LARGE = 1 << 18
+LARGE = 1 << 17
 #: What :mod:`pickle` writes in one piece from here on (its FRAME_SIZE_TARGET); smaller buffers go into the stream.
 APART = 1 << 16
 #: Descriptors of this process that may be bodies …
@@ -40,11 +39,11 @@ _MOST = 256
 #: … and the part of all that it may have which may be taken when one is made, and when one has arrived: a number tells,
 #: because the kernel always gives the lowest one that is free.
 _TO_MAKE, _TO_KEEP = 0.5, 0.75
-#: Seconds between two looks at how many are left.
-_LOOK = 0.05
 #: A buffer that is at least this part of its body stays where it is; whoever keeps a smaller one keeps a copy of it.
 _WORTHY = 1 / 8
-_MARK = b"\0body\0\0\0"
+#: What is laid out begins with that, and a pickle never does.
+FIRST = b"\0"
+_MARK = FIRST + b"body\0\0\0"
 _HEAD = struct.Struct("<8sIII4x")
 _TICKET = struct.Struct("<QQ")
 TICKET_SIZE = _TICKET.size
@@ -104,12 +103,6 @@ class Bulk(bytes):
             pieces.append(os.pread(self.fd, min(_MOST_BYTES, self.size - at), at))
             at += len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def done_with(body: bytes) -> None:
-    """It has been opened, and nobody else in this process has it."""
-    if type(body) is Bulk:
-        body.close()
 
 
 def abandon() -> None:
@@ -241,30 +234,29 @@ def _is_scarce(fd: int, share: float) -> bool:
 class Place:
     """Where few descriptors are left, one that is kept to be given up when another may arrive, which were lost else.
 
-    Not for a process that runs tasks: they may close it, and open something else under its number.
+    Only for a process with one thread, of which every descriptor is shown to :meth:`look`.
     """
 
     def __init__(self) -> None:
-        self._fd, self._due = -1, 0.0
+        #: few are left
+        self.needed = False
+        self._fd = -1
 
-    def __enter__(self) -> None:
-        if self._fd >= 0:
-            self.close()
+    def look(self, fd: int) -> None:
+        """Sees by a number that the kernel has just given how many are left."""
+        self.needed = self.needed or _is_scarce(fd, _TO_KEEP)
 
-    def __exit__(self, *_: object) -> None:
-        if (now := time.monotonic()) >= self._due:
-            try:
-                self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:  # none is left; by the next time what has arrived may have been read
-                return
-            if not _is_scarce(self._fd, _TO_KEEP):
-                self.close()
-                self._due = now + _LOOK
-
-    def close(self) -> None:
+    def give_up(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def take(self) -> None:
+        with contextlib.suppress(OSError):  # what has arrived has taken it, and is about to be read and closed
+            self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self.needed = _is_scarce(self._fd, _TO_KEEP)
+            if not self.needed:
+                self.give_up()
 
 
 class Arrivals:
@@ -311,11 +303,6 @@ class Arrivals:
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
-
-
-def is_laid_out(body: bytes) -> bool:
-    """Whether :func:`load` is to read it; a pickle begins otherwise."""
-    return type(body) is Bulk or body[:1] == _MARK[:1]
 
 
 def load(body: bytes) -> Any:

@@ -194,7 +194,7 @@ class Dispatcher:
                 crew, wire, control, _ = self._wires[worker]
                 wire.flush()
                 with contextlib.suppress(OSError):
-                    control.flush(crew.control.send)
+                    control.flush(crew.control.send, crew.control.send)
         self._touched.clear()
 
     def _watch_signals(self) -> None:
@@ -290,10 +290,10 @@ class Dispatcher:
         self._parent.sock.setblocking(True)
         self._parent.sock.settimeout(5.0)
         with contextlib.suppress(OSError):
-            self._parent.outbox.flush(self._parent.send)
+            self._parent.outbox.flush(self._parent.send, self._parent.send)
             while self._parent.outbox.unconfirmed and self._parent.open and not self._orphaned:
                 self._read_parent()  # it may want one of them once more
-                self._parent.outbox.flush(self._parent.send)
+                self._parent.outbox.flush(self._parent.send, self._parent.send)
 
     def _finish(self, action: f.Finish) -> None:
         self._finished = True
@@ -309,6 +309,7 @@ class Dispatcher:
             return
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
         self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}", place=self._place)
+        self._place.look(max(crew.control.fileno(), crew.page_fd))
         self._parent.put_fd(crew.page_fd)
         self._show_workers()
 

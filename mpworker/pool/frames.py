@@ -5,14 +5,13 @@ Owns the layout of a frame, the incremental reader and the outbox that never blo
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket as sockets
 import struct
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from socket import socket
 from typing import NamedTuple
@@ -41,8 +40,8 @@ CHUNK = 1 << 16
 _JOIN_BELOW = 1 << 16
 #: Room for the descriptors that one message may bring.
 _FD_SPACE = sockets.CMSG_SPACE(256 * array("i").itemsize)
-_NO_PLACE = contextlib.nullcontext()
-_CLOSE_ON_EXEC = getattr(sockets, "MSG_CMSG_CLOEXEC", 0)
+# As plain numbers: flags that are enums take longer to combine than the system call does.
+_CLOSE_ON_EXEC, _TRUNCATED = int(getattr(sockets, "MSG_CMSG_CLOEXEC", 0)), int(sockets.MSG_CTRUNC)
 
 
 class Kind(IntEnum):
@@ -172,16 +171,22 @@ class FrameReader:
 
     Args:
         peer: who writes the stream; named in every error.
-        place: makes room for the descriptors that arrive.
+        place: to be given up for a descriptor that arrives.
         forgiving: one that this process had no room for may be missing; else that is the peer's fault.
+        others: gets descriptors that belong to no frame; without it they are closed.
     """
 
     def __init__(
-        self, peer: str, *, place: contextlib.AbstractContextManager[None] = _NO_PLACE, forgiving: bool = False
+        self,
+        peer: str,
+        *,
+        place: bulk.Place | None = None,
+        forgiving: bool = False,
+        others: list[int] | None = None,
     ) -> None:
-        self.peer, self.place = peer, place
+        self.peer, self.others = peer, others
         self.arrivals = bulk.Arrivals()
-        self._forgiving = forgiving
+        self._place, self._forgiving = place, forgiving
         self._pieces: list[bytes] = []  # of a frame that is not complete
         self._have, self._need = 0, HEADER_SIZE
 
@@ -204,9 +209,8 @@ class FrameReader:
         while (start := position + HEADER_SIZE) <= size:
             magic, kind, flag, extra, job, a, b, body, checksum = _CHECKED.unpack_from(data, position)
             sound = magic == _MAGIC and kind in _KINDS and body <= MAX_BODY
-            if magic == _MAGIC_BULK:
-                sound = kind in _MAY_BE_BULK and body == TICKET_SIZE
-            if not sound or checksum != crc32(data[position : position + _UNCHECKED]):
+            carried = not sound and magic == _MAGIC_BULK and kind in _MAY_BE_BULK and body == TICKET_SIZE
+            if not (sound or carried) or checksum != crc32(data[position : position + _UNCHECKED]):
                 self._pieces, self._have, self._need = [data[position:]], size - position, 0  # it stays broken
                 raise ProtocolError(f"{self.peer} sent bytes that are no frame", frames)
             middle = start + extra
@@ -215,7 +219,7 @@ class FrameReader:
                 need = end - position
                 break
             payload = data[middle:end]
-            if magic == _MAGIC_BULK:
+            if carried:
                 if (claimed := self.arrivals.claim(payload)) is None:
                     self._pieces, self._have, self._need = [data[position:]], size - position, 0
                     raise ProtocolError(f"{self.peer} sent a frame without the descriptor that belongs to it", frames)
@@ -228,30 +232,39 @@ class FrameReader:
         return frames
 
     def receive(self, sock: socket, flags: int = 0) -> bytes | None:
-        """As :func:`receive`, for :meth:`feed`; keeps the descriptors that belong to frames, and closes all others."""
-        data, fds = self.receive_fds(sock, flags)
-        for fd in fds:
-            os.close(fd)
+        """As :func:`receive`, for :meth:`feed`; keeps the descriptors that belong to frames."""
+        data: bytes | None
+        place = self._place
+        if place is not None and place.needed:
+            place.give_up()
+        try:
+            data, ancillary, told, _ = sock.recvmsg(CHUNK, _FD_SPACE, flags | _CLOSE_ON_EXEC)
+            if ancillary or told & _TRUNCATED:
+                self._keep(ancillary, told)
+        except (BlockingIOError, InterruptedError):
+            data = None
+        except ConnectionError:
+            data = b""
+        if place is not None and place.needed:
+            place.take()
         return data
 
-    def receive_fds(self, sock: socket, flags: int = 0) -> tuple[bytes | None, list[int]]:
-        """As :meth:`receive`, but the others are the caller's."""
-        try:
-            with self.place:
-                data, ancillary, told, _ = sock.recvmsg(CHUNK, _FD_SPACE, flags | _CLOSE_ON_EXEC)
-        except (BlockingIOError, InterruptedError):
-            return None, []
-        except ConnectionError:
-            return b"", []
-        if told & sockets.MSG_CTRUNC and self._forgiving:
+    def _keep(self, ancillary: Iterable[tuple[int, int, bytes]], told: int) -> None:
+        if told & _TRUNCATED and self._forgiving:
             self.arrivals.lost += 1
-        if not ancillary:
-            return data, []
         fds = array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (sockets.SOL_SOCKET, sockets.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        return data, [fd for fd in fds if not self.arrivals.keep(fd)]
+        if self._place is not None:
+            self._place.look(max(fds, default=0))
+        for fd in fds:
+            if self.arrivals.keep(fd):
+                continue
+            if self.others is not None:
+                self.others.append(fd)
+            else:
+                os.close(fd)
 
     @property
     def missing(self) -> int:
@@ -300,12 +313,12 @@ class Outbox:
         else:
             self.put(head + extra, body)
 
-    def flush(self, send: Callable[[bytes | memoryview], int]) -> bool:
+    def flush(self, send: Callable[[bytes | memoryview], int], carry: Callable[[Carrier], int]) -> bool:
         """Sends until all is gone or ``send`` would block. Only one caller at a time.
 
         Args:
             send: like ``socket.send`` on a non-blocking socket; its errors, but for "would block", pass through.
-                A :class:`Carrier` has to leave with its descriptor, as by :func:`sender`.
+            carry: the same for a :class:`Carrier`, which has to leave with its descriptor.
 
         Returns:
             ``True`` when nothing is left.
@@ -314,7 +327,7 @@ class Outbox:
         while pieces:
             piece = self._gather()
             try:
-                sent = send(piece)
+                sent = send(piece) if type(piece) is not Carrier else carry(piece)
             except (BlockingIOError, InterruptedError):
                 pieces.appendleft(piece)
                 return False
@@ -352,17 +365,15 @@ class Outbox:
         return b"".join(batch)
 
 
-def sender(sock: socket) -> Callable[[bytes | memoryview], int]:
-    """``sock.send``, for :meth:`Outbox.flush`."""
-    return lambda piece: send(sock, piece)
+def carrying(sock: socket) -> Callable[[Carrier], int]:
+    """What :meth:`Outbox.flush` sends carriers with."""
+    return lambda carrier: send_fds(sock, carrier)
 
 
-def send(sock: socket, piece: bytes | memoryview, *fds: int) -> int:
+def send_fds(sock: socket, piece: bytes | memoryview, *fds: int) -> int:
     """As ``sock.send``; descriptors travel with the first byte: that of a :class:`Carrier`, and others."""
     if type(piece) is Carrier and type(piece.frame.body) is Bulk:
         fds = *fds, piece.frame.body.fd
-    if not fds:
-        return sock.send(piece)
     return sock.sendmsg([piece], [(sockets.SOL_SOCKET, sockets.SCM_RIGHTS, array("i", fds))])
 
 

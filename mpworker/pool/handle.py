@@ -35,10 +35,10 @@ from mpworker.pool.frames import (
     Kind,
     Outbox,
     carry,
+    carrying,
     encode,
     header,
     pack_start,
-    sender,
     unpack_start,
 )
 from mpworker.pool.heirlooms import Heirlooms
@@ -134,7 +134,8 @@ class Handle:
         self._flushing = threading.Lock()
         #: what is noted here and what is put into the outbox change together
         self._mutex = threading.RLock()
-        self._reader = FrameReader("the dispatcher", forgiving=True)
+        self._received: list[int] = []  # descriptors of pages
+        self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._pages: dict[int, Page] = {}  # by worker
         self._listed: set[int] = set()
         self._process: Any = None
@@ -151,7 +152,7 @@ class Handle:
         forked = self.options.start_method == "fork"
         launch, fds = fleet.launch_forked if forked else fleet.launch, self._heirlooms.fds
         self._process, self._line = launch(fds) if fds else launch()
-        self._reader = FrameReader("the dispatcher", forgiving=True)
+        self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._outbox = Outbox()
         self._loose.clear()
         self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot))
@@ -320,7 +321,7 @@ class Handle:
                 return False  # whoever is at it will see what we appended
             try:
                 line = self._line
-                if line is None or not self._outbox.flush(sender(line)):
+                if line is None or not self._outbox.flush(line.send, carrying(line)):
                     return False
             except OSError:  # the dispatcher died; drain() notices
                 return False
@@ -342,10 +343,10 @@ class Handle:
         """
         for _ in range(_READS_PER_DRAIN):
             line = self._line
-            data, fds = self._reader.receive_fds(line) if line is not None else (None, [])
-            for fd in fds:
+            data = self._reader.receive(line) if line is not None else None
+            while self._received:
                 with contextlib.suppress(OSError, ProtocolError):
-                    page = Page(fd)
+                    page = Page(self._received.pop(0))
                     self._pages[page.worker] = page
             if data is None:
                 return

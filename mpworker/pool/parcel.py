@@ -13,6 +13,7 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from zlib import crc32
 
@@ -26,13 +27,16 @@ from mpworker.errors import (
     WorkerLost,
 )
 from mpworker.pool import bulk
+from mpworker.pool.bulk import FIRST, Bulk
 from mpworker.states import JobState
 
 #: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
 _SOUND = 0x2144DF1C
-#: What may be large itself, and where else to look for it: in a few levels of what has little in it.
-_STRINGS, _BOXES = frozenset((bytes, bytearray, str)), frozenset((tuple, list, dict))
-_A_FEW, _LEVELS = 16, 3
+#: What is never large, what may be, and where else to look for it: in a few levels of what has little in it.
+_SMALL = frozenset((int, float, bool, type(None), FunctionType, BuiltinFunctionType, type))
+_STRINGS, _A_BIT = frozenset((bytes, bytearray, str)), 4096
+_BOXES, _A_FEW, _LEVELS = frozenset((tuple, list, dict)), 16, 3
+_LARGE = 2
 
 
 class Outcome(IntEnum):
@@ -51,32 +55,40 @@ def _seal(obj: Any) -> bytes:
     return data + crc32(data).to_bytes(4, "little")
 
 
-def _seal_body(obj: Any, values: Iterable[Any]) -> bytes:
+def _seal_body(obj: Any, *values: Any) -> bytes:
     """As :func:`_seal`; what is large may come in a descriptor.
 
     Args:
-        values: where in ``obj`` large strings of bytes are likely.
+        values: what is in ``obj``, as far as it may be large.
     """
-    chunks, buffers = bulk.pickled(obj, _has_large(values))
+    weight = _weigh(values, _LEVELS)
+    if not weight:
+        return _seal(obj)
+    chunks, buffers = bulk.pickled(obj, weight == _LARGE)
     if buffers or len(chunks) > 1 or len(chunks[0]) >= bulk.LARGE:
         return bulk.lay_out(chunks, buffers)
     return chunks[0] + crc32(chunks[0]).to_bytes(4, "little")
 
 
-def _has_large(values: Iterable[Any], levels: int = _LEVELS) -> bool:
+def _weigh(values: Iterable[Any], levels: int) -> int:
+    """0: all of these are small, _LARGE: one is a large string of bytes; else pickling them will tell."""
+    weight = 0
     for value in values:
         kind = type(value)
+        if kind in _SMALL:
+            continue
         if kind in _STRINGS:
             if len(value) >= bulk.LARGE:
-                return True
-        elif (
-            kind in _BOXES
-            and levels
-            and len(value) <= _A_FEW
-            and _has_large(value.values() if kind is dict else value, levels - 1)
-        ):
-            return True
-    return False
+                return _LARGE
+            if len(value) >= _A_BIT:  # of these there may be many
+                weight = 1
+        elif kind not in _BOXES or not levels or len(value) > _A_FEW:
+            weight = 1
+        elif value:
+            weight = max(weight, _weigh(value.values() if kind is dict else value, levels - 1))
+            if weight == _LARGE:
+                break
+    return weight
 
 
 def open_sealed(data: bytes) -> Any:
@@ -85,7 +97,7 @@ def open_sealed(data: bytes) -> Any:
     Raises:
         PayloadError: its bytes have been damaged; nothing of them was unpickled.
     """
-    if bulk.is_laid_out(data):
+    if type(data) is Bulk or data[:1] == FIRST:
         return bulk.load(data)
     if crc32(data) != _SOUND:
         raise PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
@@ -139,7 +151,9 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
-        return _seal_body((fn, args, kwargs), (args, kwargs))
+        if not kwargs and type(fn) in _SMALL and _SMALL.issuperset(map(type, args)):
+            return _seal((fn, args, kwargs))
+        return _seal_body((fn, args, kwargs), fn, args, kwargs)
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
@@ -188,7 +202,7 @@ def unpack_error(body: bytes) -> BaseException:
 def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
-        return Outcome.VALUE, _seal_body(value, (value,))
+        return Outcome.VALUE, _seal(value) if type(value) in _SMALL else _seal_body(value, value)
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc

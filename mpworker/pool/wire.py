@@ -7,7 +7,7 @@ import selectors
 import socket
 from collections.abc import Callable
 
-from mpworker.pool.frames import Frame, Outbox, send
+from mpworker.pool.frames import Carrier, Frame, Outbox, send_fds
 
 #: Descriptors that one message may carry.
 _MOST_FDS = 200
@@ -32,8 +32,10 @@ class Wire:
 
     def send(self, piece: bytes | memoryview) -> int:
         """For an outbox to flush with."""
+        if not self._fds and type(piece) is not Carrier:
+            return self.sock.send(piece)
         some = self._fds[:_MOST_FDS]
-        sent = send(self.sock, piece, *some)
+        sent = send_fds(self.sock, piece, *some)
         del self._fds[:_MOST_FDS]
         for fd in some:
             os.close(fd)
@@ -44,7 +46,7 @@ class Wire:
         if not self._registered:
             return
         try:
-            empty = self.outbox.flush(self.send)
+            empty = self.outbox.flush(self.send, self.send)
         except OSError:
             empty = True
         wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE

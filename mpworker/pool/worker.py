@@ -29,9 +29,9 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
-from mpworker.pool.bulk import Bulk, done_with
+from mpworker.pool.bulk import Bulk
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
-from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, encode, header, sender
+from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, carrying, encode, header
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
@@ -212,7 +212,7 @@ class Worker:
         box.put_frame(frame)
         try:
             with self._sending:
-                box.flush(sender(self.data))
+                box.flush(self.data.send, carrying(self.data))
         except OSError:
             os._exit(EX_UNREADY)
 
@@ -503,7 +503,8 @@ class Worker:
                 raise
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
         finally:
-            done_with(body)
+            if type(body) is Bulk:
+                body.close()  # its memory need not wait for the end of the task
 
 
 def _progress(job: int, word: tuple[float, float, str]) -> bytes:

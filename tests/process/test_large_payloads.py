@@ -22,7 +22,7 @@ from mpworker import ProcessPool, WorkerLost
 from mpworker.errors import PayloadError
 from mpworker.pool import bulk
 from mpworker.pool.bulk import LARGE, Bulk
-from mpworker.pool.frames import Frame, Kind, carry, send
+from mpworker.pool.frames import Frame, Kind, carry, send_fds
 from mpworker.pool.worker import task_worker
 
 METHODS = ["fork", "forkserver", "spawn", "auto"]
@@ -386,7 +386,7 @@ def say(how: str) -> None:
         os.write(fd, bytes(MB))
     ticket = bulk._TICKET.pack(os.fstat(fd).st_ino, size)
     frame = Frame(Kind.DONE, worker.current.job, body=Bulk(ticket, -1))
-    send(worker.data, bytes(carry(frame)), *(() if how == "none" else (fd,)))
+    send_fds(worker.data, bytes(carry(frame)), *(() if how == "none" else (fd,)))
     support.sleep()
 
 
@@ -411,5 +411,5 @@ def say_noise() -> None:
     assert worker.current is not None
     body = bulk._make([os.urandom(MB)])
     assert body is not None
-    send(worker.data, carry(Frame(Kind.DONE, worker.current.job, body=body)))
+    send_fds(worker.data, carry(Frame(Kind.DONE, worker.current.job, body=body)))
     support.sleep(0.01)

@@ -24,7 +24,7 @@ from support import Buffer
 from mpworker.errors import PayloadError, ProtocolError
 from mpworker.pool import bulk, parcel
 from mpworker.pool.bulk import LARGE, Bulk
-from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, encode, sender
+from mpworker.pool.frames import Carrier, Frame, FrameReader, Kind, Outbox, carry, carrying, encode
 from mpworker.pool.parcel import Outcome
 
 BIG = os.urandom(LARGE)
@@ -48,7 +48,8 @@ VALUES = {
     "nested": {"a": [BIG, {"b": (bytearray(BIG), "x" * LARGE, 1)}], "c": BIG},
     "deep": [[[[[[BIG]]]]]],
     "many small ones": list(range(200_000)),
-    "a large number": 1 << (8 * LARGE),
+    "a large number": {1 << (8 * LARGE)},
+    "many strings": [str(number) * 9000 for number in range(15)],
     "buffer": Buffer(bytearray(BIG)),
     "several buffers": [Buffer(bytearray(BIG)), 5, Buffer(bytearray(b"small")), Buffer(bytearray(BIG[:70_001])), BIG],
     "read-only buffer": Buffer(BIG),
@@ -231,17 +232,18 @@ def test_each_body_arrives_with_its_frame_however_little_is_sent_or_read(
         box, arrived = Outbox(), []
         for job, size in enumerate(sizes):
             box.put_frame(done(job, bytes([job]) * size))
-        plain = sender(line.ours)
+
+        def fits(piece: Any) -> int:
+            return min(len(piece), sent.pop() if sent else len(piece))
 
         def send(piece: bytes | memoryview) -> int:
-            if not sent or len(piece) <= (fits := sent.pop()):
-                return plain(piece)
-            if type(piece) is not bytes and not isinstance(piece, memoryview):  # its first bytes only
-                line.send_fd(bytes(piece[:fits]), piece.frame.body.fd)  # type: ignore[attr-defined]
-                return fits
-            return plain(piece[:fits])
+            return line.ours.send(piece[: fits(piece)])
 
-        assert box.flush(send)
+        def carry(piece: Carrier) -> int:
+            line.send_fd(data := bytes(piece)[: fits(piece)], piece.frame.body.fd)  # type: ignore[attr-defined]
+            return len(data)
+
+        assert box.flush(send, carry)
         while True:
             monkeypatch.setattr("mpworker.pool.frames.CHUNK", read.pop() if read else 1 << 16)
             if not (data := line.reader.receive(line.theirs)):
@@ -262,17 +264,17 @@ def test_too_many_on_their_way_is_no_reason_to_lose_one() -> None:
         box.unconfirmed = deque()
         for job in (1, 2, 3):
             box.put_frame(done(job, BIG))
-        plain, refused = sender(line.ours), []
+        refused: list[Carrier] = []
 
-        def send(piece: bytes | memoryview) -> int:
-            if type(piece) not in (bytes, memoryview) and len(refused) < 2:
-                refused.append(1)
+        def refuse(piece: Carrier) -> int:
+            if len(refused) < 2:
+                refused.append(piece)
                 raise OSError(errno.ETOOMANYREFS, "too many")
-            return plain(piece)
+            return carrying(line.ours)(piece)
 
         line.ours.setblocking(False)
         arrived = []
-        while not box.flush(send):
+        while not box.flush(line.ours.send, refuse):
             arrived += line.read()
         arrived += line.read()
         assert [type(frame.body) is Bulk for frame in arrived] == [False, False, True]
@@ -326,18 +328,21 @@ def test_a_place_is_kept_where_few_descriptors_are_left(few: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (few * 4, hard))
     frame = done(1, BIG)
-    with Line(place=bulk.Place()) as line:
+    place = bulk.Place()
+    with Line(place=place) as line:
         lowest = os.dup(0)
         os.close(lowest)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
-        assert line.reader.receive(line.theirs) is None  # it looks around
+        place.look(lowest)
+        assert line.reader.receive(line.theirs) is None
         with pytest.raises(OSError, match="Too many open files"):
             os.dup(0)
         line.send_fd(carry(frame), frame.body.fd)  # type: ignore[attr-defined]
         (arrived,) = line.read()
         assert parcel.open_outcome(arrived.flag, arrived.body) == (True, BIG)
         resource.setrlimit(resource.RLIMIT_NOFILE, (few * 4, hard))
-        line.reader.place.close()  # type: ignore[attr-defined]
+        assert line.reader.receive(line.theirs) is None
+        assert not place.needed
         del arrived
 
 

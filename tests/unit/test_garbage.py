@@ -25,7 +25,7 @@ from mpworker.pool import page as pages
 from mpworker.pool.bulk import LARGE, Bulk
 from mpworker.pool.facts import Lane
 from mpworker.pool.fleet import Crew, Exit
-from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, encode, header, sender
+from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, carrying, encode, header
 from mpworker.pool.futures import Results, TaskFuture
 from mpworker.pool.handle import Handle, PoolOptions
 from mpworker.pool.parcel import Outcome, open_outcome, open_verdict, pack, pack_call, pack_outcome
@@ -125,7 +125,7 @@ class Stage:
     def say_large(self, worker: int, frame: Frame) -> list[Frame]:
         box = Outbox()
         box.put_frame(frame)
-        assert box.flush(sender(self.fleet.theirs[worker]))
+        assert box.flush(self.fleet.theirs[worker].send, carrying(self.fleet.theirs[worker]))
         return self.turn()
 
     def ask(self, data: bytes) -> list[Frame]:
@@ -387,7 +387,7 @@ def test_a_job_whose_descriptor_a_worker_has_no_room_for_comes_again_in_bytes(st
     reader = FrameReader("the dispatcher")
     box = Outbox()
     box.put_frame(sent := large(Kind.SUBMIT, 8))
-    assert box.flush(sender(stage.parent))
+    assert box.flush(stage.parent.send, carrying(stage.parent))
     stage.turn()
     (frame,) = reader.feed(reader.receive(stage.fleet.theirs[0]) or b"")
     assert (frame.kind, frame.job, type(frame.body)) == (Kind.JOB, 8, Bulk)
