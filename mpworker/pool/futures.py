@@ -250,8 +250,7 @@ class Results:
         try:
             while self.handle.fileno() >= 0:
                 self._wait()
-                for frame in self.handle.drain(starts=False):
-                    self._on_event(frame)
+                self._hear()
         except BaseException as exc:
             logger.critical("the thread that reads results has failed", exc_info=True)
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
@@ -262,6 +261,10 @@ class Results:
             self.fail_all()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
+
+    def _hear(self) -> None:
+        for frame in self.handle.drain(starts=False):  # no local of :meth:`_run`: the last one may be large
+            self._on_event(frame)
 
     def _wait(self) -> None:
         line = self.handle.fileno()

@@ -317,6 +317,7 @@ class Ledger:
             worker.deadline = inf
         self._settle_recall(job)
         if job.lane is _TASKS:
+            job.body = b""  # it never starts again
             self._tell(_STARTED, job.id, 0, at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
@@ -598,6 +599,7 @@ class Ledger:
             self._tell(Kind.ENDED, job.id, Outcome.VERDICT, body=body)
             if job.hooks:
                 self._hook(job.id, Outcome.VERDICT, job.hooks, body, now)
+        job.body = b""  # the job may stay for a while: in a queue, or with the dead worker, which it holds in turn
         self._settle_recall(job)
 
     def _hook(self, of: int, flag: int, hooks: bytes, body: bytes, now: float) -> None:

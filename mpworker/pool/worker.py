@@ -30,9 +30,10 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool.bulk import Bulk
 from mpworker.pool.chunks import Run
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
-from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, carrying, encode, header
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_call, pack_error, pack_outcome
@@ -109,7 +110,7 @@ class Worker:
         self.revoked: dict[int, None] = {}
         self.doomed = False
         self._fd = data.fileno()
-        self._reader = FrameReader("the dispatcher")
+        self._reader = FrameReader("the dispatcher", forgiving=True)
         self._sending = threading.Lock()
         self._unsent = b""
         self._sent_at = 0.0
@@ -169,11 +170,7 @@ class Worker:
     def _wait_for_slot(self) -> None:
         """For a spare: blocks until the one is gone whose place it takes."""
         while self.slot == NO_SLOT:
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 os._exit(0)  # nothing of the user's is open yet
             with self.gate:
                 self.take(received)
@@ -187,11 +184,7 @@ class Worker:
             if self._leaving:
                 return None
             self.send()
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 return None
             with self.gate:
                 self.take(received)
@@ -228,6 +221,17 @@ class Worker:
         except OSError:  # the dispatcher is gone, and so is the reason to live
             os._exit(EX_UNREADY)
 
+    def _send_bulk(self, frame: Frame) -> None:
+        """As :meth:`send`, for a frame whose body is a descriptor."""
+        self.send()
+        box = Outbox()
+        box.put_frame(frame)
+        try:
+            with self._sending:
+                box.flush(self.data.send, carrying(self.data))
+        except OSError:
+            os._exit(EX_UNREADY)
+
     def _send_unsent(self) -> None:
         unsent, self._unsent = self._unsent, b""
         if unsent:
@@ -256,7 +260,8 @@ class Worker:
 
     def _execute(self, frame: Frame) -> None:
         """One job. What each of a bundle's tiny ones needs is done here, without calls where they can be spared."""
-        kind, job, flag, soft, hard, _, _ = frame
+        kind, job, flag, soft, hard, _, body = frame
+        lost = type(body) is Bulk and body.fd < 0
         quiet = kind is _BUNDLE
         if quiet and self._unsent:
             self.send()
@@ -265,11 +270,11 @@ class Worker:
         self.began = started
         current = Current(job, started, soft, hard, flag & BATCHED != 0, quiet)
         with self.gate:
-            if not (revoked := job in self.revoked):
+            if not (revoked := lost or job in self.revoked):
                 self.current = current
         if revoked:
-            del self.revoked[job]
-            self.send(encode(Kind.RETURNED, job))
+            self.revoked.pop(job, None)
+            self.send(encode(Kind.RETURNED, job, int(lost)))
             return
         if soft or flag & RATIONED:
             self._arm()
@@ -347,6 +352,9 @@ class Worker:
         if runtime > _LITTLE:
             self._read_at = -inf
         peak = self._peak
+        if type(body) is Bulk:
+            self._send_bulk(Frame(Kind.DONE, job, flag, runtime, peak, b"", body))
+            return
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
@@ -392,7 +400,10 @@ class Worker:
             return
         with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.announce()
-            self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+            if type(body) is Bulk:
+                self._send_bulk(Frame(Kind.CALL, self.current.job, flag, 0.0, 0.0, hooks, body))
+            else:
+                self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
@@ -464,9 +475,8 @@ class Worker:
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
-        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
-            if received := self.data.recv(CHUNK, socket.MSG_DONTWAIT):
-                self.take(received)
+        if received := self._reader.receive(self.data, socket.MSG_DONTWAIT):
+            self.take(received)
         jobs = [frame.job for frame in reversed(self.inbox)]
         self.inbox.clear()
         return jobs
@@ -538,6 +548,9 @@ class Worker:
             if exc is self._soft_raised:
                 raise
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
+        finally:
+            if type(body) is Bulk:
+                body.close()  # its memory need not wait for the end of the task
 
 
 def _progress(job: int, word: tuple[float, float, str]) -> bytes:
