@@ -122,7 +122,7 @@ class Chunk(TaskFuture[None]):
     def cut(self, body: bytes) -> None:
         """Its worker tells what it has done, and what it will not begin."""
         known, report = open_outcome(Outcome.VALUE, body)
-        if known:
+        if known and type(report) is tuple:
             with self.course.changed:
                 self._learn(report)
                 self.course.changed.notify_all()
