@@ -445,33 +445,56 @@ def test_a_fork_that_comes_back_runs_nothing(tmp_path: Path) -> None:
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
+def doze(log: Path, number: int) -> int:
+    time.sleep(0.001)
+    return note(log, number)
+
+
 def test_leaving_the_pool_finishes_what_was_cut_off(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with ProcessPool(2) as pool:
-        results = pool.map(partial(nap, log), range(120))
-    assert ran(log) == list(range(120))
-    assert list(results) == list(range(120))
+    with ProcessPool(1) as pool:
+        results = pool.map(partial(doze, log), range(400))
+    assert ran(log) == list(range(400))
+    assert list(results) == list(range(400))
+    assert pool.stats()["submitted"] > 4
+
+
+def test_the_pool_stays_open_until_it_is_known_that_nothing_was_cut_off(tmp_path: Path) -> None:
+    """The thread that reads results is busy elsewhere, and does not hear of the chunks before all of them have ended."""
+    log = tmp_path / "log"
+
+    def be_busy(_: object) -> None:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end and support.alive(dispatcher):
+            time.sleep(0.01)
+
+    with ProcessPool(1, **READY) as pool:
+        pool.submit(support.give).result(PATIENCE)
+        dispatcher = pool.stats()["dispatcher"]
+        pool.submit(support.give).add_done_callback(be_busy)
+        results = pool.map(partial(doze, log), range(400))
+    assert list(results) == ran(log) == list(range(400))
 
 
 def test_a_shutdown_that_does_not_wait_finishes_it_too(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pool = ProcessPool(2)
-    results = pool.map(partial(nap, log), range(120))
+    results = pool.map(partial(doze, log), range(800))
     pool.shutdown(wait=False)
     with pytest.raises(RuntimeError, match="after shutdown"):
         pool.map(support.give, range(100))
-    assert list(results) == list(range(120))
+    assert list(results) == list(range(800))
     pool.shutdown()
 
 
 def test_so_does_a_pool_that_nobody_has_any_more(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pool = ProcessPool(2)
-    results = pool.map(partial(nap, log), range(120))
+    results = pool.map(partial(doze, log), range(800))
     dispatcher = pool.stats()["dispatcher"]
     del pool
     gc.collect()
-    assert list(results) == list(range(120))
+    assert list(results) == list(range(800))
     wait_until(lambda: not support.alive(dispatcher), what="it is gone")
 
 
@@ -482,12 +505,12 @@ def test_so_does_the_end_of_a_script(way: str, tmp_path: Path) -> None:
         "from mpworker import ProcessPool\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPool(2)\n"
-        "    pool.map(partial(here.nap, Path('log')), range(120))\n" + (f"    {way}\n" if way != "end" else "")
+        "    pool.map(partial(here.doze, Path('log')), range(800))\n" + (f"    {way}\n" if way != "end" else "")
     )
     folder = str(Path(__file__).parent)
     ended = support.run_script(text.replace("import sys\n", f"import sys\nsys.path.append({folder!r})\n"), tmp_path)
     assert (ended.code, ended.err) == (0, "")
-    assert ran(tmp_path / "log") == list(range(120))
+    assert ran(tmp_path / "log") == list(range(800))
 
 
 @pytest.mark.parametrize("cut_before", [True, False])
@@ -548,11 +571,21 @@ def test_a_map_that_has_no_time_gives_what_there_is(tmp_path: Path) -> None:
     assert len(ran(tmp_path / "log")) < 100
 
 
+def test_what_is_cut_off_when_nobody_wants_it_any_more_does_not_run(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessPool(1, **READY) as pool:
+        pool.submit(support.give).result(PATIENCE)
+        results = pool.map(partial(act, log, {0: partial(support.sleep, 0.3)}), range(100), timeout=0)
+        with pytest.raises(TimeoutError):
+            next(results)
+    assert ran(log) == [0]
+
+
 def test_a_map_takes_room_only_for_what_it_submits(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with ProcessPool(2, max_pending=3) as pool:
         for _ in range(3):
-            assert list(pool.map(partial(nap, log), range(60))) == list(range(60))
+            assert list(pool.map(partial(nap, log), range(160))) == list(range(160))
         assert pool.stats()["submitted"] > 3 * 8
         here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
         wait_until(lambda: not pool.stats()["pending"], what="there is room")
