@@ -460,7 +460,7 @@ def test_leaving_the_pool_finishes_what_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_the_pool_stays_open_until_it_is_known_that_nothing_was_cut_off(tmp_path: Path) -> None:
-    """The thread that reads results is busy elsewhere, and does not hear of the chunks before all of them have ended."""
+    """The thread that reads results is busy, and does not hear of the chunks before all of them have ended."""
     log = tmp_path / "log"
 
     def be_busy(_: object) -> None:
