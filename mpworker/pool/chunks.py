@@ -284,7 +284,7 @@ def run_chunk(code: bytes, shape: int, items: Sequence[Any]) -> Report:
             worker.begin_chunk(run)
         run.run()
     finally:
-        if several:
+        if several and _run is run:  # else this is a fork, and the lock may be held by nobody who is here
             worker.end_chunk()
         _run = None
     return run.report()
@@ -299,5 +299,7 @@ def _watch_forks() -> None:
 
 def _disown() -> None:
     """An item has forked: its child may come back out of it, and must not run what is left."""
+    global _run
     if _run is not None:
         _run.cut()
+        _run = None

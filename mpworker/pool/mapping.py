@@ -122,7 +122,7 @@ class Chunk(TaskFuture[None]):
     def cut(self, body: bytes) -> None:
         """Its worker tells what it has done, and what it will not begin."""
         known, report = open_outcome(Outcome.VALUE, body)
-        if known:
+        if known and type(report) is tuple:
             with self.course.changed:
                 self._learn(report)
                 self.course.changed.notify_all()
@@ -133,17 +133,17 @@ class Chunk(TaskFuture[None]):
 
     def settle(self, succeeded: bool, value: Any) -> None:
         """The task has ended."""
-        try:
-            with self.course.changed:
+        with self.course.changed:
+            try:
                 if succeeded:
                     self._learn(value)
                 elif not self._error:
                     self._error = value
+            finally:
                 self._over, self._body = True, b""
                 self.course.changed.notify_all()
-        finally:
-            super().settle(True, None)
-            self._core.end_chunk()  # last: until then the pool takes what was cut off
+                super().settle(True, None)
+                self._core.end_chunk()  # last: until then the pool takes what was cut off
 
     def _learn(self, report: Report) -> None:
         entries, has_parcels, error, taken, done, seconds = report

@@ -116,7 +116,9 @@ class Watchdog(threading.Thread):
                     os.killpg(os.getpgrp(), signal.SIGKILL)
         if stack is not None or soft is not None or cut is not None or current.long:
             self._announce(current)
-        if cut is not None:
+        if cut is not None and current.quiet:  # nobody would know what is spoken of
+            cut.due = now + self.MOMENT
+        elif cut is not None:
             worker.send(cut.word(current.job))
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
