@@ -169,7 +169,7 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
                 call = module, name, args, kwargs
         if not kwargs and type(fn) in _SMALL and _SMALL.issuperset(map(type, args)):
             return _seal(call)
-        return _seal_body(call, fn, args, kwargs)
+        return _seal_body(call, *call)
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
