@@ -173,7 +173,7 @@ def test_no_descriptor_stays_whatever_becomes_of_a_job() -> None:
         assert pool.submit(flip, VALUES["bytes"]).result(PATIENCE)
         nothing_stays(pool)
         before = descriptors(os.getpid()), descriptors(dispatcher(pool))
-        for turn in range(6):
+        for turn in range(3):
             futures = [pool.submit(flip, VALUES["bytes"]) for _ in range(4)]
             futures += [pool.submit(support.die, "kill") for _ in range(2)]
             futures += [pool.submit(kill_while_told, 20 * MB) for _ in range(2)]
@@ -185,7 +185,7 @@ def test_no_descriptor_stays_whatever_becomes_of_a_job() -> None:
             for future in futures:
                 with contextlib.suppress(WorkerLost, TimeoutError, ValueError, CancelledError):
                     assert future.result(PATIENCE)
-            if turn == 2:
+            if turn == 1:
                 del future, futures
                 nothing_stays(pool)
         wait_until(
@@ -232,7 +232,7 @@ def test_a_dispatcher_that_dies_costs_only_what_ran(tmp_path: Path) -> None:
     with ProcessPool(2, start_method="fork") as pool:  # its template is a fork of this process, bodies and all
         assert pool.submit(support.give, 1).result(PATIENCE) == 1
         before = descriptors(os.getpid())
-        for turn in range(4):
+        for turn in range(2):
             here, go = Signpost(tmp_path / f"here{turn}"), Signpost(tmp_path / f"go{turn}")
             blocked = [pool.submit(hold, VALUES["bytes"], here, go) for _ in range(2)]
             here.wait()
@@ -253,7 +253,7 @@ def test_a_dispatcher_that_dies_costs_only_what_ran(tmp_path: Path) -> None:
 def test_a_dispatcher_may_die_at_any_instant() -> None:
     with ProcessPool(2) as pool:
         assert pool.submit(support.give, 1).result(PATIENCE) == 1
-        for turn in range(8):
+        for turn in range(5):
             futures = [pool.submit(flip, VALUES["bytes"]) for _ in range(6)]
             threading.Timer(0.004 * turn, os.kill, (dispatcher(pool), signal.SIGKILL)).start()
             for future in futures:
@@ -278,7 +278,7 @@ def test_a_pool_that_is_ended_holds_nothing() -> None:
 def test_a_worker_that_is_killed_while_it_tells_a_large_result_is_lost_or_has_told_it() -> None:
     with ProcessPool(2) as pool:
         told = 0
-        for _ in range(30):
+        for _ in range(12):
             with contextlib.suppress(WorkerLost):
                 assert len(pool.submit(kill_while_told, 4 * MB).result(PATIENCE)) == 4 * MB
                 told += 1
