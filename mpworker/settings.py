@@ -5,7 +5,6 @@ Owns names, types, defaults and the wording of complaints. Never reads the envir
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -136,5 +135,7 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
+    import difflib  # only for whoever has made a mistake
+
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -33,6 +33,7 @@ from mpworker.pool.facts import Job, Lane, Span, open_span
 from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import (
     BATCHED,
+    CHUNK,
     LONGEST_WAIT,
     RATIONED,
     Frame,
@@ -58,6 +59,8 @@ _PARENT_CHECK = 0.5
 _STOPPED = 1.0
 #: … and for how long it then listens before it acts.
 _LISTEN = 0.25
+#: Seconds between two looks at the deadlines while there is much to do.
+_LOOK_PAUSE = 0.005
 #: Objects made before the garbage collector looks: here next to nothing forms cycles, and a queue is long to search.
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
@@ -113,13 +116,14 @@ class Dispatcher:
         self._touched: set[int] = set()
         self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
         self._listen_until = inf
+        self._looked, self._look_at = True, -inf  # at the deadlines
         self._child_exited = False
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
             f.Spawn: self._spawn,
             f.Promote: self._promote,
             f.Assign: self._assign,
-            f.Look: self._look,
+            f.Look: self._look_into_page,
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
@@ -136,24 +140,33 @@ class Dispatcher:
         self._watch_parent()
         self._nursery.open()
         while not self._finished and not self._orphaned:
-            for key, mask in self._selector.select(self._patience()):
+            ready = self._selector.select(self._patience())
+            for key, mask in ready:
                 key.data.handle(mask)
             if self._child_exited:
                 self._child_exited = False
                 self._reap()
-            now = time.monotonic()
-            if self._due(now):
-                self._apply(f.Ticked())
-            if self._ledger.quota.watched and now >= self._sampler.due:
-                self._apply(*self._sampler.look(self._ledger.quota.running(), now))
-            self._nursery.tick(now)
             self._flush()
+            now = time.monotonic()
+            self._looked = not ready or now >= self._look_at
+            if self._looked:
+                self._look(now)
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()
         signal.set_wakeup_fd(-1)
         for end in self._signal_line:
             end.close()
+
+    def _look(self, now: float) -> None:
+        """Does what is due. To find out takes some time, so that busy times have pauses in between."""
+        self._look_at = now + _LOOK_PAUSE
+        if self._due(now):
+            self._apply(f.Ticked())
+        if self._ledger.quota.watched and now >= self._sampler.due:
+            self._apply(*self._sampler.look(self._ledger.quota.running(), now))
+        self._nursery.tick(now)
+        self._flush()
 
     def _due(self, now: float) -> bool:
         """Whether it is time to act on deadlines. If it has long been, then this process was stopped, and perhaps all
@@ -166,6 +179,8 @@ class Dispatcher:
         return now >= self._listen_until
 
     def _patience(self) -> float:
+        if not self._looked:  # the deadlines may be others by now
+            return max(0.0, self._look_at - time.monotonic())
         deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
         deadline = min(deadline, self._nursery.deadline)
         if self._ledger.quota.watched:
@@ -183,8 +198,10 @@ class Dispatcher:
             actions[type(action)](action)
 
     def _flush(self) -> None:
-        self._tell_starts()
-        self._parent.flush()
+        if self._starts:
+            self._tell_starts()
+        if self._parent.outbox:
+            self._parent.flush()
         paused = self._parent.outbox.load > PARENT_HIGH_WATER
         if paused != self._paused:
             self._paused = paused
@@ -193,8 +210,9 @@ class Dispatcher:
             if worker in self._wires:
                 crew, wire, control, _ = self._wires[worker]
                 wire.flush()
-                with contextlib.suppress(OSError):
-                    control.flush(crew.control.send, crew.control.send)
+                if control:
+                    with contextlib.suppress(OSError):
+                        control.flush(crew.control.send, crew.control.send)
         self._touched.clear()
 
     def _watch_signals(self) -> None:
@@ -336,7 +354,7 @@ class Dispatcher:
             self._wires[action.worker][1].put(frame)
             self._touched.add(action.worker)
 
-    def _look(self, action: f.Look) -> None:
+    def _look_into_page(self, action: f.Look) -> None:
         crew = self._fleet.crews.get(action.worker)
         if crew is not None:
             job, started = crew.page.running()
@@ -371,11 +389,13 @@ class Dispatcher:
             try:
                 self._hear(crew, reader, data)
             except ProtocolError as exc:
+                crew.garbled = True
                 self._silence(worker, wire, str(exc))
                 return
             if not data:
                 self._silence(worker, wire, "it closed its line to the pool")
-                return
+            if len(data) < CHUNK:
+                return  # that was all; else the selector says so
 
     def _silence(self, worker: int, wire: Wire, why: str) -> None:
         wire.close()
@@ -467,7 +487,12 @@ class Dispatcher:
         events: list[Any] = []
         with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
             for frame in crew.page.left():
-                events.append(f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame))
+                ran = f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame)
+                owed = [job for job in ran.jobs if job in self._ledger.jobs]
+                if crew.garbled and len(owed) == 1:  # nobody else can have written the garbage: no result of it counts
+                    events.append(f.JobStarted(crew.worker, owed[0], time.monotonic()))
+                else:
+                    events.append(ran)
         job, started = crew.page.running()
         if job:
             events.append(f.JobStarted(crew.worker, job, started))

@@ -35,6 +35,18 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 T = TypeVar("T")
+
+
+class _This:
+    """This process, told from a fork of it by what that runs first; asking for the pid would be a system call."""
+
+    def __init__(self) -> None:
+        self.process = object()
+
+
+_this = _This()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_this.__init__)  # type: ignore[misc]
 #: What a chunk of ``map`` returns: results, the packed error of the item behind them (or nothing).
 _Part = tuple[list[T], bytes]
 
@@ -115,7 +127,7 @@ class ProcessPool(Executor):
         if not self._blocks and not self._max_pending:
             raise ConfigurationError("on_full='raise' needs max_pending: without it the pool is never full")
         self._lock = threading.Lock()
-        self._owner = os.getpid()
+        self._process = _this.process
         self._core: Results | None = None
         self._submitter: ThreadPoolExecutor | None = None
         self._closed = False
@@ -171,8 +183,8 @@ class ProcessPool(Executor):
             BootError: the workers cannot start (it is a ``BrokenExecutor``).
             RuntimeError: after :meth:`shutdown`.
         """
-        hard = _limit("timeout", timeout) or self._timeout
-        soft = _limit("soft_timeout", soft_timeout) or self._soft_timeout
+        hard = self._timeout if timeout is None else _limit("timeout", timeout)
+        soft = self._soft_timeout if soft_timeout is None else _limit("soft_timeout", soft_timeout)
         body, hooks = pack_call(fn, tuple(args), kwargs or {}), pack_hooks(callback, error_callback)
         memory = _memory_limit(memory_limit) if memory_limit is not None else 0
         return self._send(body, soft, hard, hooks, name_of(fn) if hooks else "", memory)
@@ -251,8 +263,8 @@ class ProcessPool(Executor):
                 core.futures[job] = future
                 if name:
                     core.names[job] = name
-                core.counts["submitted"] += 1
-                core.handle.submit(job, body, soft=soft, hard=hard, memory=memory, hooks=hooks, held=True)
+                core.submitted += 1
+                core.handle.submit(job, body, soft, hard, memory, hooks, held=True)
                 core.send()
                 if core.ended:  # meanwhile
                     core.fail_all()
@@ -307,9 +319,9 @@ class ProcessPool(Executor):
     # -- the pool ------------------------------------------------------------------------------------------------
 
     def _started(self) -> Results:
-        if self._owner != os.getpid():
+        if self._process is not _this.process:
             # A fork has inherited us: the line and the job numbers are the parent's. We start anew.
-            self._owner, self._lock, self._core = os.getpid(), threading.Lock(), None
+            self._process, self._lock, self._core = _this.process, threading.Lock(), None
             self._submitter = None
         if (core := self._core) is not None and not self._closed:  # who submits looks again, under the lock
             return core
@@ -332,7 +344,7 @@ class ProcessPool(Executor):
             wait: return only then.
             cancel_futures: cancel what has not started.
         """
-        if self._owner != os.getpid():
+        if self._process is not _this.process:
             return  # the pool is our parent's
         with self._lock:
             self._closed = True
@@ -369,8 +381,9 @@ class ProcessPool(Executor):
         core = self._core
         if core is None:
             nothing: dict[str, Any] = {"pending": 0, "running": 0, "progress": {}, "dispatcher": None, "workers": []}
-            return {**dict.fromkeys(COUNTS, 0), **nothing}
+            return {"submitted": 0, **dict.fromkeys(COUNTS, 0), **nothing}
         return {
+            "submitted": core.submitted,
             **core.counts,
             "pending": core.handle.pending,
             "running": len(core.running),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
@@ -88,12 +89,17 @@ class Span:
         self.lengths, self.body = self.lengths[count:], self.body[size:]
         return taken
 
-    def apart(self) -> list[Job]:
-        """The same as single jobs."""
-        self.jobs, end = [], 0
+    def calls(self) -> Iterator[tuple[int, bytes]]:
+        """Each number with its call."""
+        body, end = self.body, 0
         for job, length in zip(self.ids, self.lengths, strict=True):
             start, end = end, end + length
-            self.jobs.append(Job(job, Lane.TASKS, 0, self.soft, self.hard, b"", self.body[start:end]))
+            yield job, body[start:end]
+
+    def apart(self) -> list[Job]:
+        """The same as single jobs."""
+        soft, hard = self.soft, self.hard
+        self.jobs = [Job(job, Lane.TASKS, 0, soft, hard, b"", call) for job, call in self.calls()]
         return self.jobs
 
 

@@ -30,9 +30,9 @@ from mpworker.pool.parcel import open_outcome
 
 logger = logging.getLogger("mpworker.pool")
 T = TypeVar("T")
-COUNTS = ("submitted", "done", "failed", "timed_out", "lost", "cancelled")
+COUNTS = ("done", "failed", "timed_out", "lost", "cancelled")
 #: Submissions that may wait for company while others are unfinished.
-_COMPANY = 64
+_COMPANY = 128
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 #: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
 _gate = threading.RLock()
@@ -41,27 +41,32 @@ _gate = threading.RLock()
 class TaskFuture(Future[T]):
     """A future whose :meth:`cancel` also ends a task that runs: its worker is killed and replaced.
 
-    Its condition, the most expensive part of a future, is made when somebody first asks for it. Until then nobody waits
-    and no callback has been added, so that its state may change under the gate alone.
+    Its condition, the most expensive part of a future, is made when somebody first asks for it, and the lists that it
+    guards with it. Until then nobody waits and no callback has been added, so that its state may change under the gate
+    alone.
     """
 
+    # As the base class sets them.
+    _state = "PENDING"
+    _result: Any = None
+    _exception: BaseException | None = None
+    _waiters: list[Any]
+    _done_callbacks: list[Any]
+    _made: threading.Condition | None = None
+    #: how far the task is, as far as is known here; ``None`` if it has said nothing
+    progress: Progress | None = None
+
     def __init__(self, core: Results, job: int) -> None:
-        # As the base class does, but for the condition.
-        self._state = "PENDING"
-        self._result = self._exception = None
-        self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
         self._core = core
         #: the job's number in its pool
         self.job = job
-        #: how far the task is, as far as is known here; ``None`` if it has said nothing
-        self.progress: Progress | None = None
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
         with _gate:
-            if (condition := self.__dict__.get("_made")) is None:
-                condition = self.__dict__["_made"] = threading.Condition()
+            if (condition := self._made) is None:
+                self._waiters, self._done_callbacks = [], []
+                condition = self._made = threading.Condition()
             return condition
 
     def result(self, timeout: float | None = None) -> Any:
@@ -104,7 +109,7 @@ class TaskFuture(Future[T]):
     def begin(self) -> None:
         """The task runs, unless the future has been cancelled meanwhile."""
         with _gate:
-            if "_made" not in self.__dict__:
+            if self._made is None:
                 self._state = "RUNNING"
                 return
         with self._condition:
@@ -114,7 +119,7 @@ class TaskFuture(Future[T]):
     def settle_unwatched(self, succeeded: bool, value: Any) -> bool:
         """Takes the outcome if nobody has asked for the condition: no wait to end, no callback to run."""
         with _gate:
-            if "_made" in self.__dict__:
+            if self._made is not None:
                 return False
             self._result, self._exception = (value, None) if succeeded else (None, value)
             self._state = "FINISHED"
@@ -139,6 +144,7 @@ class Results:
         self.futures: dict[int, TaskFuture[Any]] = {}
         #: of jobs with callbacks, for the log
         self.names: dict[int, str] = {}
+        self.submitted = 0
         self.counts = dict.fromkeys(COUNTS, 0)
         self.running: set[int] = set()
         self.broken: RuntimeError | None = None
@@ -146,9 +152,11 @@ class Results:
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
         self._few = 2 * handle.options.size
+        self._much = 4 * handle.options.size + 4 * _COMPANY
         self._calling = False  # it may be in a callback, which may take long
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
+        self._poll, self._polled = select.poll(), (-1, 0)
         self.thread = threading.Thread(target=self._run, name="mpworker-results", daemon=True)
 
     def start(self) -> None:
@@ -166,9 +174,15 @@ class Results:
 
     def send(self) -> None:
         """Sends what has been submitted: at once while little is unfinished, else together with what follows."""
-        if self._calling or self.handle.pending <= self._few or self.handle.waiting >= _COMPANY:
-            self.handle.flush()
-        self.wake()
+        handle = self.handle
+        if handle.loose >= _COMPANY or handle.pending <= self._few or self._calling:
+            handle.flush()
+        if self._asleep and not self._plenty():
+            self.wake()
+
+    def _plenty(self) -> bool:
+        """The dispatcher has so much that what is loose may wait for company until something of that is finished."""
+        return self.handle.pending - self.handle.loose > self._much
 
     def wake(self) -> None:
         """Makes the thread look at the outbox, if something is left in it."""
@@ -209,13 +223,15 @@ class Results:
             self._on_event(frame)
 
     def _wait(self) -> None:
-        poll = select.poll()
         line = self.handle.fileno()
         self._asleep = True
-        full = not self.handle.flush()
-        poll.register(line, select.POLLIN | (select.POLLOUT if full else 0))
-        poll.register(self._wake_reader, select.POLLIN)
-        for descriptor, mask in poll.poll():
+        wanted = select.POLLIN if self.handle.flush(gather=not self._plenty()) else select.POLLIN | select.POLLOUT
+        if self._polled != (line, wanted):  # a new dispatcher, a full line
+            self._poll = select.poll()
+            self._poll.register(line, wanted)
+            self._poll.register(self._wake_reader, select.POLLIN)
+            self._polled = line, wanted
+        for descriptor, mask in self._poll.poll():
             if descriptor == self._wake_reader:
                 os.read(descriptor, 4096)
             elif mask & select.POLLOUT:
@@ -257,25 +273,33 @@ class Results:
             self._settle(future, succeeded, value)
 
     def _on_results(self, frame: Frame) -> None:
+        took, futures, running = self.handle.took, self.futures, self.running
         ended: list[tuple[TaskFuture[Any] | None, bool, Any]] = []
+        done = 0
         for job, flag, _, _, body in results(frame):
-            if self.handle.took(job):
-                self.running.discard(job)
-                ended.append((self.futures.pop(job, None), *open_outcome(flag, body)))
-        done = sum(succeeded for _, succeeded, _ in ended)
+            if took(job):
+                if running:
+                    running.discard(job)
+                succeeded, value = open_outcome(flag, body)
+                done += succeeded
+                ended.append((futures.pop(job, None), succeeded, value))
         self.counts["done"] += done
         self.counts["failed"] += len(ended) - done
         if self.slots is not None and ended:
             self.slots.release(len(ended))
-        watched = []
+        watched: list[tuple[TaskFuture[Any], bool, Any]] = []
         with _gate:
-            for entry in ended:
-                future, succeeded, value = entry
-                if future is not None and not future.settle_unwatched(succeeded, value):
-                    watched.append(entry)
+            for future, succeeded, value in ended:
+                if future is None:
+                    pass
+                elif future._made is not None or not succeeded:
+                    watched.append((future, succeeded, value))
+                else:  # as settle_unwatched
+                    future._result = value
+                    future._state = "FINISHED"
         for future, succeeded, value in watched:
-            assert future is not None
-            self._settle(future, succeeded, value)
+            if not future.settle_unwatched(succeeded, value):
+                self._settle(future, succeeded, value)
 
     def _settle(self, future: TaskFuture[Any], succeeded: bool, value: Any) -> None:
         self._calling = True  # callbacks of the future run here

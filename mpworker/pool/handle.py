@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from mpworker.pool import fleet, linux
 from mpworker.pool.bulk import Bulk
 from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
+    CHUNK,
     LONGEST_WAIT,
     Frame,
     FrameReader,
@@ -70,8 +71,8 @@ _BUNDLE = 256
 _SMALL = 2048
 #: What a callback is told if a new dispatcher has to run it, and its result got lost.
 _UNHEARD = pack_verdict(JobState.LOST, by_pool=True, why="its result could not be received")
-#: A small job without callbacks: its call, soft and hard limit.
-_Plain = tuple[bytes, float, float]
+#: A small job without callbacks: its number, its call, soft and hard limit.
+_Plain = tuple[int, bytes, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +126,13 @@ class Handle:
         self.finished = False
         self.ready = False
         self._boot, self._heirlooms = boot, heirlooms or Heirlooms()
-        self._ids = itertools.count(1)
+        #: a number for a job that is about to be submitted
+        self.next_id: Callable[[], int] = itertools.count(1).__next__
         self._sent: dict[int, _Sent | _Plain] = {}
-        self._loose: deque[tuple[int, bytes, float, float]] = deque()  # sent by the next flush
+        self._loose: deque[_Plain] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
+        self._limits = 0.0, 0.0
         self._outbox = Outbox()
         self._flushing = threading.Lock()
         #: what is noted here and what is put into the outbox change together
@@ -216,19 +219,15 @@ class Handle:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def next_id(self) -> int:
-        """A number for a job that is about to be submitted."""
-        return next(self._ids)
-
     def submit(
         self,
         job: int,
         body: bytes,
-        *,
         soft: float = 0.0,
         hard: float = 0.0,
         memory: int = 0,
         hooks: bytes = b"",
+        *,
         held: bool = False,
     ) -> None:
         """Hands over a packed call.
@@ -242,9 +241,13 @@ class Handle:
             held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
         if held and not hooks and not memory and len(body) < _SMALL:
+            limits = soft, hard
+            if limits != self._limits:  # most have the same, and share it
+                self._limits = limits
+            plain = job, body, self._limits
             with self._mutex:
-                self._sent[job] = body, soft, hard
-                self._loose.append((job, body, soft, hard))
+                self._sent[job] = plain
+                self._loose.append(plain)
             return
         pieces = _submission(job, Lane.TASKS, 0, soft, hard, hooks, body)
         if memory:
@@ -288,20 +291,21 @@ class Handle:
         loose = self._loose
         while loose:
             with self._mutex, contextlib.suppress(IndexError):
-                job, body, soft, hard = loose.popleft()
-                calls = [body]
+                job, body, limits = loose.popleft()
+                calls, follows = [body], job
                 try:
-                    while (
-                        len(calls) < _BUNDLE
-                        and (after := loose[0])[0] == job + len(calls)
-                        and after[2:] == (soft, hard)
-                    ):
+                    while (follows := follows + 1) < job + _BUNDLE:
+                        after, _, same = loose[0]
+                        if after != follows or same != limits:
+                            break
                         calls.append(loose.popleft()[1])
                 finally:
-                    if len(calls) > 1:
-                        self._outbox.put(pack_span(job, soft, hard, calls))
-                    else:
-                        self._outbox.put(*_submission(job, Lane.TASKS, 0, soft, hard, b"", body))
+                    self._outbox.put(pack_span(job, *limits, calls))
+
+    @property
+    def loose(self) -> int:
+        """Small jobs that gather for the next flush."""
+        return len(self._loose)
 
     @property
     def waiting(self) -> int:
@@ -313,9 +317,14 @@ class Handle:
         """Something waits for the dispatcher to read: call :meth:`flush` when :meth:`fileno` is writable."""
         return bool(self._outbox or self._loose)
 
-    def flush(self) -> bool:
-        """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit."""
-        self._gather()
+    def flush(self, gather: bool = True) -> bool:
+        """Sends what the dispatcher takes; ``True`` when nothing is left. Re-entrant: a signal handler may submit.
+
+        Args:
+            gather: also what still waits for company.
+        """
+        if gather:
+            self._gather()
         while self._outbox:
             if not self._flushing.acquire(blocking=False):
                 return False  # whoever is at it will see what we appended
@@ -381,6 +390,8 @@ class Handle:
             if not data:
                 yield from self._lost_dispatcher()
                 return
+            if len(data) < CHUNK:
+                return  # that was all; else the line is still readable
 
     def _confirm(self, frames: list[Frame]) -> list[Frame]:
         """Says which large results have arrived: until then the dispatcher keeps them, and counts them as waiting. For
@@ -499,9 +510,9 @@ class Handle:
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
-            for job, sent in self._sent.copy().items():
+            for sent in self._sent.copy().values():
                 if type(sent) is tuple:
-                    self._loose.append((job, *sent))
+                    self._loose.append(sent)
                 else:
                     self._gather()
                     self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
@@ -587,7 +598,7 @@ class Handle:
         Returns:
             a token for :meth:`has_taken_back`.
         """
-        token = self._flush_asked = next(self._ids)
+        token = self._flush_asked = self.next_id()
         self._send(encode(Kind.FLUSH, token))
         return token
 

@@ -28,7 +28,7 @@ MAX_BOOT_FAILURES = 5
 BOOT_BACKOFF = 0.1
 BOOT_BACKOFF_MAX = 5.0
 #: A backlog of tiny jobs is handed out in batches worth about this many seconds …
-BATCH_SECONDS = 0.001
+BATCH_SECONDS = 0.004
 #: … and of at most this many jobs …
 BATCH_JOBS = 256
 #: … of which each costs so many seconds besides its run time.
@@ -113,7 +113,7 @@ class LaneBook:
         if self._max_tasks:
             room = min(room, self._max_tasks - worker.done)
         if worker.load <= room // 2 and not self.paused:
-            while worker.load < room and (job := self._next(room - worker.load, room > 1)) is not None:
+            while worker.load < room and (job := self._next(room - worker.load)) is not None:
                 worker.jobs.append(job)
                 worker.state = _BUSY
                 job.worker = worker
@@ -134,19 +134,19 @@ class LaneBook:
         share = max(self.waiting // max(1, len(self.workers)), fit // 5)
         return max(1, min(BATCH_JOBS, fit, share))
 
-    def _next(self, most: int, bundled: bool) -> Job | Span | None:
+    def _next(self, most: int) -> Job | Span | None:
         queue = self.queue
         while queue:
             job = queue.popleft()
             if type(job) is Span:
-                if job.jobs is None and bundled:
+                if job.jobs is None:
                     if len(job.lengths) > most:
                         queue.appendleft(job)
                         job = job.take(most)
                         self._jobs.update(dict.fromkeys(job.ids, job))
                     self.waiting -= len(job.lengths)
                     return job
-                queue.extendleft(reversed(job.jobs or self.apart(job)))
+                queue.extendleft(reversed(job.jobs))
             elif job.queued:
                 job.queued = False
                 self.waiting -= 1

@@ -14,7 +14,6 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ _WHO = struct.Struct("=Qd")
 # Cells of 8 bytes at the start of the page.
 _JOB, _STARTED, _STARTS, _WORKER = range(4)
 # Results are collected in one half while the other still holds those that were sent last.
-_COUNT, _USED = (4, 6), (5, 7)
+_COUNT = 4, 6
 _PID, _RING = 8, 16
 #: The jobs that were started last: more than can be on their way to the parent.
 _LAST = 1024
@@ -37,6 +36,7 @@ _RECORDS = 8 * (_RING + _LAST)
 _BODIES = MOST * _RECORD.size
 _HALF = _BODIES + _ROOM
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1
+_new = tuple.__new__  # a NamedTuple's own takes three times as long
 SIZE = mmap.PAGESIZE * -(-(_RECORDS + 2 * _HALF) // mmap.PAGESIZE)
 
 
@@ -57,6 +57,8 @@ def create() -> int:
         OSError: there is no memory or no descriptor.
     """
     if not hasattr(os, "memfd_create"):
+        import tempfile  # here: it brings compressors and random numbers with it, and each start of a pool would wait
+
         with tempfile.TemporaryFile() as file:
             os.ftruncate(file.fileno(), SIZE)
             return os.dup(file.fileno())
@@ -98,6 +100,7 @@ class Page:
         if mine:
             self._cells[_PID] = os.getpid()
         self._starts = self._half = 0
+        self._count = self._used = 0  # of this half, as the cells say
 
     # -- the worker ----------------------------------------------------------------------------------------------
 
@@ -119,31 +122,29 @@ class Page:
         Returns:
             how many wait now; 0 if there is no room for this one.
         """
-        cells, half = self._cells, self._half
-        count, used = cells[_COUNT[half]], cells[_USED[half]]
-        if count == MOST or used + len(body) > _ROOM:
+        count, used, half, size = self._count, self._used, self._half, len(body)
+        if count == MOST or used + size > _ROOM:
             return 0
         start = _RECORDS + half * _HALF
         at = start + _BODIES + used
-        self._memory[at : at + len(body)] = body
-        _RECORD.pack_into(self._memory, start + count * _RECORD.size, job, len(body), flag, started, runtime)
-        cells[_USED[half]] = used + len(body)
-        cells[_COUNT[half]] = count + 1  # from here on it counts
+        self._memory[at : at + size] = body
+        _RECORD.pack_into(self._memory, start + count * _RECORD.size, job, size, flag, started, runtime)
+        self._used = used + size
+        self._count = self._cells[_COUNT[half]] = count + 1  # from here on it counts
         return count + 1
 
     @property
     def waiting(self) -> bool:
-        return self._cells[_COUNT[self._half]] > 0
+        return self._count > 0
 
     def forget(self) -> None:
         """What waited has been sent. Until the next time it can still be read."""
         self._half = half = 1 - self._half
-        self._cells[_COUNT[half]] = self._cells[_USED[half]] = 0
+        self._cells[_COUNT[half]] = self._count = self._used = 0
 
     def pack(self, max_rss: float) -> bytes:
         """The RESULTS frame of what waits."""
-        half = self._half
-        records, bodies = self._contents(half, self._cells[_COUNT[half]], self._cells[_USED[half]])
+        records, bodies = self._contents(self._half, self._count, self._used)
         return encode(Kind.RESULTS, extra=_WHO.pack(self.pid, max_rss) + records, body=bodies)
 
     # -- who reads -----------------------------------------------------------------------------------------------
@@ -227,4 +228,4 @@ def results(frame: Frame) -> Iterator[Ran]:
     body, end = frame.body, 0
     for job, length, flag, started, runtime in _RECORD.iter_unpack(memoryview(frame.extra)[_WHO.size :]):
         start, end = end, end + length
-        yield Ran(job, flag, started, runtime, body[start:end])
+        yield _new(Ran, (job, flag, started, runtime, body[start:end]))

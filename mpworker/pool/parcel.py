@@ -9,10 +9,13 @@ The bodies of calls and results are laid out by :mod:`mpworker.pool.bulk` when t
 from __future__ import annotations
 
 import json
-import pickle
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from importlib import import_module
+from pickle import HIGHEST_PROTOCOL as _PROTOCOL
+from pickle import dumps, loads
+from sys import modules
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from zlib import crc32
@@ -50,8 +53,11 @@ class Outcome(IntEnum):
     VERDICT = 2
 
 
+_VALUE, _ERROR = Outcome.VALUE, Outcome.ERROR
+
+
 def _seal(obj: Any) -> bytes:
-    data = pickle.dumps(obj, pickle.HIGHEST_PROTOCOL)
+    data = dumps(obj, _PROTOCOL)
     return data + crc32(data).to_bytes(4, "little")
 
 
@@ -100,8 +106,12 @@ def open_sealed(data: bytes) -> Any:
     if type(data) is Bulk or data[:1] == FIRST:
         return bulk.load(data)
     if crc32(data) != _SOUND:
-        raise PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
-    return pickle.loads(data)  # which ends before the checksum
+        raise _damaged(data)
+    return loads(data)  # which ends before the checksum
+
+
+def _damaged(data: bytes) -> PayloadError:
+    return PayloadError(f"its {len(data)} bytes are damaged, the checksum is wrong")
 
 
 def pack(obj: Any, what: str) -> bytes:
@@ -151,11 +161,32 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
+        call: tuple[Any, ...] = fn, args, kwargs
+        if type(fn) is FunctionType:
+            module, name = fn.__module__, fn.__qualname__
+            # As pickle does, which takes several times as long for it, here and in the worker.
+            if getattr(modules.get(module), name, None) is fn:
+                call = module, name, args, kwargs
         if not kwargs and type(fn) in _SMALL and _SMALL.issuperset(map(type, args)):
-            return _seal((fn, args, kwargs))
-        return _seal_body((fn, args, kwargs), fn, args, kwargs)
+            return _seal(call)
+        return _seal_body(call, *call)
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
+
+
+def open_call(data: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What :func:`pack_call` packed: function, arguments, keyword arguments; raises whatever unpickling them raises."""
+    if type(data) is Bulk or data[:1] == FIRST:
+        call = bulk.load(data)
+    elif crc32(data) != _SOUND:
+        raise _damaged(data)
+    else:
+        call = loads(data)
+    if len(call) == 3:
+        return call  # type: ignore[no-any-return]
+    module, name, args, kwargs = call
+    home = modules.get(module)
+    return getattr(home if home is not None else import_module(module), name), args, kwargs
 
 
 def pack_error(exc: BaseException, text: str | None = None) -> bytes:
@@ -169,8 +200,8 @@ def pack_error(exc: BaseException, text: str | None = None) -> bytes:
     if text is None:
         text = "".join(traceback.format_exception(exc))
     try:
-        inner = pickle.dumps(exc, pickle.HIGHEST_PROTOCOL)
-        if type(pickle.loads(inner)) is not type(exc):
+        inner = dumps(exc, _PROTOCOL)
+        if type(loads(inner)) is not type(exc):
             inner = b""
     except BaseException:  # whatever __reduce__ or __init__ raise, sys.exit too: the text below tells the story
         inner = b""
@@ -190,7 +221,7 @@ def unpack_error(body: bytes) -> BaseException:
     exc: BaseException | None = None
     if inner:
         try:
-            exc = pickle.loads(inner)
+            exc = loads(inner)
         except BaseException:  # the class exists only in the child, say, or unpickling it exits
             exc = None
     if not isinstance(exc, BaseException):
@@ -202,7 +233,7 @@ def unpack_error(body: bytes) -> BaseException:
 def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
     """Packs a task's result; one that cannot be pickled becomes the task's error."""
     try:
-        return Outcome.VALUE, _seal(value) if type(value) in _SMALL else _seal_body(value, value)
+        return _VALUE, _seal(value) if type(value) in _SMALL else _seal_body(value, value)
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc
@@ -217,9 +248,9 @@ def open_outcome(flag: int, body: bytes) -> tuple[bool, Any]:
     """
     sent = "result"
     try:
-        if flag == Outcome.VALUE:
+        if flag == _VALUE:
             return True, open_sealed(body)
-        if flag == Outcome.ERROR:
+        if flag == _ERROR:
             sent = "error"
             return False, unpack_error(body)
     except BaseException as exc:  # what a child sent must not end the thread that reads it

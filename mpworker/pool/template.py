@@ -5,10 +5,14 @@ Owns the forking. Runs the preload and nothing else of the user's; never runs a 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import socket
+import threading
 import time
+import warnings
 
 from mpworker.pool import boot as booting
 from mpworker.pool import linux
@@ -43,9 +47,12 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         try:
             booting.prepare(boot)
         except BaseException as exc:  # sys.exit in a module is a failure like any other
-            line.sendall(encode(Kind.UNREADY, body=booting.explain(exc, "loading the application").encode()))
+            _say(line, encode(Kind.UNREADY, body=booting.explain(exc, "loading the application").encode()))
             return
-    line.sendall(encode(Kind.READY, a=float(linux.native_threads())))
+        gc.collect()
+    # What is there now is never looked at by a worker's garbage collector, so that its memory stays shared.
+    gc.freeze()
+    _say(line, encode(Kind.READY, a=float(_threads_that_stay())))
     prepared = not preload or bool(frame.flag)
     while True:
         request, fds = _receive(line)
@@ -53,6 +60,25 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
             return
         if request.kind is Kind.FORK and len(fds) == 3:
             _fork(line, request, fds, boot, dispatcher, prepared)
+
+
+def _say(line: socket.socket, word: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # the dispatcher is gone, as the next read tells
+        line.sendall(word)
+
+
+def _threads_that_stay() -> int:
+    """Threads that forking would not get rid of. Some libraries see to that themselves: OpenBLAS, which numpy brings,
+    ends its threads when the process is about to fork (``pthread_atfork``), and starts them anew where they are needed.
+    """
+    if linux.native_threads() > 1 == threading.active_count():
+        with warnings.catch_warnings():  # Python 3.12 warns of what is tried here; this child does nothing at all
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    return linux.native_threads()
 
 
 def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:

@@ -27,8 +27,8 @@ _TERM_TO_KILL = 0.1
 #: Seconds between two tries to interrupt a task. Python hears of a signal that falls into C code only behind it: if a
 #: blocking call comes first, that has to be interrupted too.
 _NUDGE = 0.05
-#: Seconds for which the thread stays awake after the last job, so that the next one need not wake it.
-_LINGER = 1.0
+#: Seconds for which the thread looks again and again after the last job, so that the next one need not wake it.
+_LINGER = 0.1
 
 
 class Watchdog(threading.Thread):
@@ -39,9 +39,9 @@ class Watchdog(threading.Thread):
     """
 
     #: Seconds after which a job counts as long and those behind it go back to the dispatcher.
-    HAND_BACK = 0.002
+    HAND_BACK = 0.004
     #: … if it is not done so many seconds later.
-    MOMENT = 0.001
+    MOMENT = 0.002
 
     def __init__(self, worker: Worker, control: socket.socket) -> None:
         super().__init__(name="mpworker-watchdog", daemon=True)
@@ -49,16 +49,16 @@ class Watchdog(threading.Thread):
         self._reader = FrameReader("the dispatcher")
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
-        self._wakes_at = inf
-        self._busy_at = 0.0
+        #: when it looks again
+        self.wakes_at = inf
         #: a long job runs: what arrives behind it must not wait for it
         self._reading = False
 
-    def expect(self, alarm: float) -> None:
-        """From the task thread: be awake at ``alarm``. Costs a system call only if it would not be."""
-        if alarm < self._wakes_at:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._wake_writer, b"!")
+    def wake(self, alarm: float) -> None:
+        """From the task thread, if :attr:`wakes_at` is later: be awake at ``alarm``."""
+        self.wakes_at = alarm  # not again until it has woken up and looked, which may take it a while
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"!")
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
@@ -67,7 +67,7 @@ class Watchdog(threading.Thread):
         poll.register(self._wake_reader, select.POLLIN)
         while True:
             now = time.monotonic()
-            self._wakes_at = due = self._look(now)
+            self.wakes_at = due = self._look(now)
             if worker.alarm() < due:
                 continue  # a job began between the look and the promise
             if self._reading:
@@ -89,8 +89,7 @@ class Watchdog(threading.Thread):
             current = worker.current
             self._reading = False
             if current is None:
-                return self._busy_at + _LINGER if now < self._busy_at + _LINGER else inf
-            self._busy_at = now
+                return now + self.HAND_BACK if now < worker.began + _LINGER else inf
             if now >= current.hard_at:
                 worker.doomed = True
                 stack = worker.stack()
@@ -116,8 +115,7 @@ class Watchdog(threading.Thread):
         if soft is not None:
             worker.send(encode(Kind.SOFT, current.job, a=soft))
         self._give_back(returned)
-        alarm = min(worker.alarm(), now + _NUDGE if current.unheard else inf)
-        return alarm if alarm < inf else now + _LINGER
+        return min(worker.alarm(), now + _NUDGE if current.unheard else inf)
 
     def _announce(self, current: Current) -> None:
         """A job of a bundle turns out long: now the dispatcher must know of it, and of those that were done before."""

@@ -17,13 +17,14 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from fcntl import F_GETFD, fcntl
 from math import inf
-from types import FrameType
+from signal import ITIMER_REAL, setitimer
+from time import monotonic
+from types import CoroutineType, FrameType
 from typing import Any, NoReturn
 
 from mpworker.errors import MemoryLimitExceeded, PayloadError
@@ -34,7 +35,7 @@ from mpworker.pool.facts import NO_SLOT, Lane, open_span
 from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, carrying, encode, header
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
-from mpworker.pool.parcel import Outcome, open_sealed, pack_error, pack_outcome
+from mpworker.pool.parcel import Outcome, open_call, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
 #: Seconds between two words on a job's progress, and what a word may hold.
@@ -48,31 +49,24 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 #: Results that wait for company leave when there are so many …
 _COMPANY = MOST // 2
 #: … or after so many seconds.
-_PATIENCE = 0.002
+_PATIENCE = 0.004
 #: Bytes that earlier jobs may leave here without a word, and the seconds in which a row of tiny ones cannot leave more.
 _CRUMBS = 1 << 20
 _READ_PAUSE = 0.02
+# Reading a member from its enum takes longer than comparing it.
+_BUNDLE, _HOOKS = Kind.BUNDLE, Lane.HOOKS
+_new = tuple.__new__
+_HAND_BACK = Watchdog.HAND_BACK
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
 
 
-@dataclass(slots=True)
 class Current:
     """The job in the task thread. Times are ``time.monotonic()``, limits seconds."""
 
-    job: int
-    started: float
-    soft: float
-    hard: float
-    soft_at: float
-    hard_at: float
-    #: others may wait behind it, here or in the pipe
-    batched: bool
-    #: the dispatcher has not been told that it runs
-    quiet: bool
     #: since when it seems to be long, or 0
     slow: float = 0.0
-    #: it runs for so long that they have been handed back
+    #: it runs for so long that those behind it have been handed back
     long: bool = False
     #: when it may tell its progress again, and what it has not told since
     tell_at: float = 0.0
@@ -82,6 +76,14 @@ class Current:
     #: it has been interrupted and does not know it yet; and perhaps once more than needed
     unheard: bool = False
     nudged: bool = False
+
+    def __init__(self, job: int, started: float, soft: float, hard: float, batched: bool, quiet: bool) -> None:
+        self.job, self.started, self.soft, self.hard = job, started, soft, hard
+        self.soft_at, self.hard_at = started + soft if soft else inf, started + hard if hard else inf
+        #: others may wait behind it, here or in the pipe
+        self.batched = batched
+        #: the dispatcher has not been told that it runs
+        self.quiet = quiet
 
 
 class Worker:
@@ -103,16 +105,20 @@ class Worker:
         self.current: Current | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
+        self._fd = data.fileno()
         self._reader = FrameReader("the dispatcher", forgiving=True)
         self._sending = threading.Lock()
         self._unsent = b""
         self._sent_at = 0.0
         self._peak = 0.0
+        self.began = -inf  # the last job
         self._fresh = self._kept = 0  # bytes in memory: before the first job; later, beyond that, as last told
         self._read_at = -inf  # when they were last read; nothing large can have happened since, if not -inf
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
+        #: this is a fork of the worker, which a task has made
+        self.forked = False
         self._soft_error: Any = None
         self._soft_due = False
         self._soft_raised: BaseException | None = None
@@ -143,6 +149,8 @@ class Worker:
             raise SystemExit(EX_UNREADY) from None
         signal.signal(signal.SIGUSR1, self._on_soft_limit)
         self.watchdog.start()
+        # What is printed is not flushed after each tiny job; a fork must not print it once more.
+        os.register_at_fork(before=booting.flush_streams, after_in_child=self._on_fork)
         self._fresh = resident()
         self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
         while (frame := self._next()) is not None:
@@ -151,6 +159,9 @@ class Worker:
             function, args = pickle.loads(boot.finalizer)
             function(*args)
         coroutines.close()
+
+    def _on_fork(self) -> None:
+        self.forked = True
 
     def _wait_for_slot(self) -> None:
         """For a spare: blocks until the one is gone whose place it takes."""
@@ -180,9 +191,10 @@ class Worker:
             if frame.kind is Kind.JOB:
                 self.inbox.append(frame)
             elif frame.kind is Kind.BUNDLE:
+                span = open_span(frame, "the dispatcher")
+                soft, hard = span.soft, span.hard
                 self.inbox.extend(
-                    Frame(Kind.BUNDLE, job.id, BATCHED, job.soft, job.hard, b"", job.body)
-                    for job in open_span(frame, "the dispatcher").apart()
+                    [_new(Frame, (_BUNDLE, job, BATCHED, soft, hard, b"", call)) for job, call in span.calls()]
                 )
             elif frame.kind is Kind.LEAVE:
                 self._leaving = True
@@ -243,35 +255,38 @@ class Worker:
     # -- one job -------------------------------------------------------------------------------------------------
 
     def _execute(self, frame: Frame) -> None:
+        """One job. What each of a bundle's tiny ones needs is done here, without calls where they can be spared."""
         kind, job, flag, soft, hard, _, body = frame
         lost = type(body) is Bulk and body.fd < 0
-        quiet = kind is Kind.BUNDLE
+        quiet = kind is _BUNDLE
         if quiet and self._unsent:
             self.send()
-        started = time.monotonic()
+        started = monotonic()
         self._soft_due, self._soft_raised = False, None
+        self.began = started
+        current = Current(job, started, soft, hard, flag & BATCHED != 0, quiet)
         with self.gate:
-            revoked = lost or job in self.revoked
-            if revoked:
-                self.revoked.pop(job, None)
-            else:
-                soft_at, hard_at = started + soft if soft else inf, started + hard if hard else inf
-                self.current = Current(job, started, soft, hard, soft_at, hard_at, bool(flag & BATCHED), quiet)
+            if not (revoked := lost or job in self.revoked):
+                self.current = current
         if revoked:
+            self.revoked.pop(job, None)
             self.send(encode(Kind.RETURNED, job, int(lost)))
             return
         if soft or flag & RATIONED:
             self._arm()
         if flag & RATIONED and (self._kept or started > self._read_at + _READ_PAUSE):
             self._tell_kept(started)
-        self.page.begin(job, started)
+        page = self.page
+        page.begin(job, started)
         if not quiet:
             self.send(encode(Kind.STARTED, job, a=started))
-        self.watchdog.expect(self.alarm())
+        alarm = min(started + _HAND_BACK if current.batched else inf, current.soft_at, current.hard_at)
+        if alarm < self.watchdog.wakes_at:
+            self.watchdog.wake(alarm)
         flag, body = self._run(frame)
-        if os.getpid() != self._pid:
+        if self.forked:
             os._exit(0)  # the task forked and its child came back here
-        if (current := self.current) is not None and current.untold is not None:
+        if current.untold is not None:
             with self._sending:  # another thread of the task may be about to send it
                 word, current.untold = current.untold, None
                 if word is not None:
@@ -279,32 +294,30 @@ class Worker:
         with self.gate:
             self.current = None
             doomed = self.doomed
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
+        setitimer(ITIMER_REAL, 0)  # an alarm that the task has left must not strike the next one
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
-        runtime = time.monotonic() - started
-        if current is None or not current.quiet or not self._keep(job, flag, started, runtime, body):
-            self.page.end()
-            self._report(job, flag, runtime, body)
-
-    def _keep(self, job: int, flag: int, started: float, runtime: float, body: bytes) -> bool:
-        """A job of a bundle is done: its result waits in the page for others, but not long.
-
-        Returns:
-            ``False`` if there is no room; then the dispatcher knows that it ran.
-        """
-        booting.flush_streams()
-        with self._sending:
-            kept = self.page.add(job, flag, started, runtime, body)
+        runtime = monotonic() - started
+        if current.quiet:
+            # Its result waits in the page for others, but not long.
+            try:
+                fcntl(self._fd, F_GETFD)
+            except OSError:  # the job has closed our line: no result of it counts, and those of others are in the page
+                os._exit(EX_UNREADY)
+            with self._sending:
+                if kept := page.add(job, flag, started, runtime, body):
+                    page.end()
             if kept:
-                self.page.end()
-        if not kept:
-            self.send(encode(Kind.STARTED, job, a=started))
-        elif not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE:
-            self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-            self._sent_at = started
-            self.send()
-        return kept > 0
+                if not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE:
+                    booting.flush_streams()
+                    self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+                    self._sent_at = started
+                    self.send()
+                return
+            self.send(encode(Kind.STARTED, job, a=started))  # no room
+        page.end()
+        booting.flush_streams()
+        self._report(job, flag, runtime, body)
 
     def announce(self) -> None:
         """Tells the dispatcher that the current job runs, if it does not know. In any thread."""
@@ -330,7 +343,6 @@ class Worker:
                 self._unsent += encode(Kind.KEPT, a=kept)
 
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
-        booting.flush_streams()
         if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         if runtime > _LITTLE:
@@ -357,11 +369,13 @@ class Worker:
             try:
                 if self._soft_due:
                     self._raise_soft()
-                if self.lane is Lane.HOOKS:
+                if self.lane is _HOOKS:
                     callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
                     function, args, kwargs = self._unpack_call(frame.body)
-                    value = coroutines.settle(function(*args, **kwargs))
+                    value = function(*args, **kwargs)
+                    if type(value) is CoroutineType:
+                        value = coroutines.settle(value)
                     del function, args, kwargs
             finally:
                 self._interruptible = False
@@ -389,11 +403,14 @@ class Worker:
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
-        current, word = self.current, (float(done), float(total), str(message))
+        try:
+            current, word = self.current, (float(done), float(total), str(message))
+        except OverflowError:
+            raise ValueError("progress is told in numbers that fit into a float") from None
         if current is None:
             return
         current.untold = word
-        if (now := time.monotonic()) < current.tell_at:
+        if (now := monotonic()) < current.tell_at:
             return
         current.tell_at = now + _PROGRESS_PAUSE
         with self._uninterrupted():
@@ -426,7 +443,7 @@ class Worker:
         alarm = min(current.soft_at, current.hard_at)
         if not current.batched or current.long:
             return alarm
-        return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + Watchdog.HAND_BACK)
+        return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + _HAND_BACK)
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
@@ -497,7 +514,7 @@ class Worker:
 
     def _unpack_call(self, body: bytes) -> Any:
         try:
-            return open_sealed(body)
+            return open_call(body)
         except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
             if exc is self._soft_raised:
                 raise

@@ -1,14 +1,17 @@
-"""The pools that are compared, each behind the same four methods. A library is imported only when it is asked for.
+"""The pools that are compared, each behind the same few methods. A library is imported only when it is asked for.
 
-Every adapter starts its processes by fork where its library lets it choose. Ours has a time limit armed on every task.
+Processes start by fork where a library lets one choose and a name says nothing else. Ours has a time limit armed on
+every task.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
-from collections.abc import Callable, Iterable
-from typing import Any
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 TIMEOUT = 60.0
 
@@ -22,12 +25,15 @@ class Peer:
 
     #: the module that must be installed; empty for the standard library
     needs = ""
-    #: without futures it takes part in ``map`` and ``start`` only
-    has_futures = True
-    #: takes part in these cells only, if there are any
-    only: tuple[str, ...] = ()
+    #: start method
+    method = "fork"
+    #: which killed workers it replaces
+    replaces: tuple[str, ...] = ()
 
     def __init__(self, workers: int) -> None:
+        self.workers = workers
+        #: before its library is imported, by ``time.perf_counter()``
+        self.began = time.perf_counter()
         self.pool: Any = self.open(workers)
 
     def open(self, workers: int) -> Any:
@@ -40,6 +46,10 @@ class Peer:
     def result(self, future: Any) -> Any:
         return future.result()
 
+    def then(self, fn: Callable[..., Any], argument: Any, call: Callable[[], object]) -> None:
+        """Submits; the call is made when the result is there, in whatever thread."""
+        self.submit(fn, argument).add_done_callback(lambda _: call())
+
     def map(self, fn: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
         """With the library's own default chunks."""
         return list(self.pool.map(fn, items))
@@ -49,10 +59,12 @@ class Peer:
 
 
 class Mpworker(Peer):
+    replaces = ("busy", "idle")
+
     def open(self, workers: int) -> Any:
         from mpworker import ProcessPool
 
-        return ProcessPool(workers, start_method="fork", timeout=TIMEOUT)
+        return ProcessPool(workers, start_method=self.method, timeout=TIMEOUT)
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.schedule(fn, args, timeout=TIMEOUT)
@@ -61,17 +73,19 @@ class Mpworker(Peer):
 class Unlimited(Mpworker):
     """Ours without a limit: then ``map`` may let tiny items travel together, as the others do."""
 
-    only = ("map",)
-
     def open(self, workers: int) -> Any:
         from mpworker import ProcessPool
 
-        return ProcessPool(workers, start_method="fork")
+        return ProcessPool(workers, start_method=self.method)
 
 
 class Multiprocessing(Peer):
+    replaces = ("busy",)  # an idle one dies with the lock of the queue in its hands, and nobody gets a task any more
+
     def open(self, workers: int) -> Any:
-        return multiprocessing.get_context("fork").Pool(workers)
+        import multiprocessing
+
+        return multiprocessing.get_context(self.method).Pool(workers)
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.apply_async(fn, args)
@@ -79,8 +93,11 @@ class Multiprocessing(Peer):
     def result(self, future: Any) -> Any:
         return future.get()
 
+    def then(self, fn: Callable[..., Any], argument: Any, call: Callable[[], object]) -> None:
+        self.pool.apply_async(fn, (argument,), callback=lambda _: call())
+
     def close(self) -> None:
-        self.pool.close()
+        self.pool.terminate()  # not close(): it would wait for the tasks of killed workers
         self.pool.join()
 
 
@@ -90,23 +107,37 @@ class Billiard(Multiprocessing):
     def open(self, workers: int) -> Any:
         import billiard
 
-        return billiard.get_context("fork").Pool(workers)
+        return billiard.get_context(self.method).Pool(workers)
+
+
+class Frozen(Billiard):
+    """What was imported before the fork is out of the collector's sight."""
+
+    def open(self, workers: int) -> Any:
+        import gc
+
+        gc.freeze()
+        return super().open(workers)
 
 
 class Futures(Peer):
     def open(self, workers: int) -> Any:
+        import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        return ProcessPoolExecutor(workers, multiprocessing.get_context(self.method))
 
 
 class Pebble(Peer):
     needs = "pebble"
+    replaces = ("busy", "idle")
 
     def open(self, workers: int) -> Any:
+        import multiprocessing
+
         import pebble
 
-        return pebble.ProcessPool(workers, context=multiprocessing.get_context("fork"))
+        return pebble.ProcessPool(workers, context=multiprocessing.get_context(self.method))
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.schedule(fn, args=args, timeout=TIMEOUT)
@@ -129,8 +160,9 @@ class Loky(Peer):
 
 
 class Joblib(Peer):
+    """Without futures: it can map only."""
+
     needs = "joblib"
-    has_futures = False
 
     def open(self, workers: int) -> Any:
         import joblib
@@ -154,7 +186,7 @@ class Mpire(Peer):
     def open(self, workers: int) -> Any:
         import mpire
 
-        return mpire.WorkerPool(workers, start_method="fork", keep_alive=True)
+        return mpire.WorkerPool(workers, start_method=self.method, keep_alive=True)
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.apply_async(fn, args)
@@ -162,23 +194,41 @@ class Mpire(Peer):
     def result(self, future: Any) -> Any:
         return future.get()
 
+    def then(self, fn: Callable[..., Any], argument: Any, call: Callable[[], object]) -> None:
+        self.pool.apply_async(fn, (argument,), callback=lambda _: call())
+
     def close(self) -> None:
         self.pool.stop_and_join()
 
 
+def _by(method: str, peer: type[Peer]) -> type[Peer]:
+    return type(peer.__name__, (peer,), {"method": method})
+
+
+#: Each takes part in every cell that names no others.
 PEERS: dict[str, type[Peer]] = {
     "mpworker": Mpworker,
-    "mpworker, no limit": Unlimited,
     "multiprocessing": Multiprocessing,
     "ProcessPoolExecutor": Futures,
     "billiard": Billiard,
     "pebble": Pebble,
     "loky": Loky,
-    "joblib": Joblib,
     "mpire": Mpire,
+}
+ALL: dict[str, type[Peer]] = PEERS | {
+    "joblib": Joblib,
+    "mpworker, no limit": Unlimited,
+    "mpworker auto": _by("auto", Mpworker),
+    "mpworker forkserver": _by("forkserver", Mpworker),
+    "mpworker spawn": _by("spawn", Mpworker),
+    "ProcessPoolExecutor forkserver": _by("forkserver", Futures),
+    "ProcessPoolExecutor spawn": _by("spawn", Futures),
+    "billiard, gc.freeze()": Frozen,
 }
 
 
 def is_installed(name: str) -> bool:
-    needs = PEERS[name].needs
+    import importlib.util
+
+    needs = ALL[name].needs
     return not needs or importlib.util.find_spec(needs) is not None

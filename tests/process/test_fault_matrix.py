@@ -71,6 +71,8 @@ def check_error(place: str, name: str, error: BaseException | None) -> None:
     elif fault.ending == STALLS:
         assert isinstance(error, TimeLimitExceeded)
         assert error.limit == LIMIT
+    elif name == "writes-garbage" and error is None:
+        pass  # it was done, and so were others behind it, before the garbage was read: who wrote it is not known
     elif fault.ending == DIES:
         assert isinstance(error, WorkerLost)
         assert re.search(fault.words, str(error))

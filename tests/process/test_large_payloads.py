@@ -409,6 +409,7 @@ def say_noise() -> None:
     worker = task_worker()
     assert worker is not None
     assert worker.current is not None
+    worker.announce()
     body = bulk._make([os.urandom(MB)])
     assert body is not None
     send_fds(worker.data, carry(Frame(Kind.DONE, worker.current.job, body=body)))

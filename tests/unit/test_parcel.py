@@ -42,7 +42,7 @@ def test_a_value_arrives(value: object) -> None:
 @given(st.lists(VALUE, max_size=3), st.dictionaries(st.text(), VALUE, max_size=3))
 def test_a_call_arrives(args: list[object], kwargs: dict[str, object]) -> None:
     packed = parcel.pack_call(support.add, tuple(args), kwargs)
-    assert parcel.unpack(packed, "the call") == (support.add, tuple(args), kwargs)
+    assert parcel.open_call(packed) == (support.add, tuple(args), kwargs)
 
 
 @pytest.mark.parametrize(
