@@ -13,7 +13,7 @@ import pytest
 
 from mpworker.pool import chunks
 from mpworker.pool.chunks import MOST_BYTES, Run, Shape, pack_chunks
-from mpworker.pool.parcel import open_sealed
+from mpworker.pool.parcel import open_call
 
 
 class Stub:
@@ -141,7 +141,7 @@ def opened(*iterables: Any, workers: int = 1) -> list[tuple[int, list[Any], int,
     """Shape, items, number of items, bytes."""
     found = []
     for body, size in pack_chunks(repr, iterables, workers):
-        _, (_, shape, items), _ = open_sealed(body)
+        _, (_, shape, items), _ = open_call(body)
         assert len(items) == size
         found.append((shape, list(items), size, len(body)))
     return found
