@@ -29,6 +29,7 @@ from celery.worker import state as worker_state
 
 from mpworker import logs
 from mpworker.celery import hooks
+from mpworker.celery.app import is_default
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
@@ -68,7 +69,7 @@ def describe_app(app: Celery) -> AppSpec:
 
 
 def _place_of(app: Celery) -> tuple[str, str] | None:
-    if getattr(sys.modules.get("mpworker"), "app", None) is app:
+    if is_default(app):
         return "mpworker", "app"
     for name, module in list(sys.modules.items()):
         if module is None or name.partition(".")[0] in ("celery", "mpworker", "kombu"):
