@@ -112,9 +112,16 @@ def load(spec: AppSpec) -> None:
         _import_clients(app)
     for fixup in app._fixups or ():  # Django's waits for a signal that only a main process sends
         if hasattr(fixup, "on_worker_init"):
-            fixup.on_worker_init()
+            fixup.on_worker_init(sender=_Prefork(app))
     global _app
     _app = app
+
+
+class _Prefork(NamedTuple):
+    """The worker as Celery's Django fixup knows it: only with this name for the pool it closes those of databases."""
+
+    app: Celery
+    pool_cls: str = "prefork"
 
 
 def _import_clients(app: Celery) -> None:
@@ -150,7 +157,10 @@ _hostname: str | None = None
 
 
 def adopt(app: Celery) -> None:
-    """For children that are forks of the main process: the app is there already."""
+    """For children that are forks of the main process: the app is there already, and so are its fixups."""
+    for fixup in app._fixups or ():
+        if hasattr(fixup, "worker_fixup"):
+            fixup.worker_fixup.worker = _Prefork(app)
     global _app
     _app = app
 
