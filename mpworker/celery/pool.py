@@ -31,6 +31,7 @@ from mpworker.celery import child
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
+from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
@@ -259,8 +260,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except PayloadError as exc:
             self._end(job, "error_callback", _einfo(exc))
             return job
-        soft, hard = self._timeouts
-        self.handle.submit(job.id, body, soft=soft_timeout or soft, hard=timeout or hard)
+        if task_id:
+            soft, hard = limits_of(self.app.tasks.get(name), args[2], self._timeouts)
+        else:
+            soft, hard = soft_timeout or self._timeouts[0], timeout or self._timeouts[1]
+        self.handle.submit(job.id, body, soft=soft, hard=hard)
         self._loop.watch_writing()
         return job
 
