@@ -179,7 +179,12 @@ class ParentHooks:
         except PayloadError as exc:
             logger.error("the callbacks of %s[%s] cannot be called: %s", task.name, task_id, exc)
             return
-        if hooks and self._handle.fileno() >= 0:
+        if hooks:
+            self.call(task, task_id, hooks, flag, body)
+
+    def call(self, task: Any, task_id: str, hooks: bytes, flag: Outcome, body: bytes) -> None:
+        """Has the callback process call packed hooks; what they raise is logged with the task's name."""
+        if self._handle.fileno() >= 0:
             job = self._handle.next_id()
             self._names[job] = f"{task.name}[{task_id}]"
             self._handle.call_hooks(job, hooks, flag, body)

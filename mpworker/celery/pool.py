@@ -30,6 +30,7 @@ from celery.worker import state as worker_state
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import make_closable
+from mpworker.celery.failures import Failures
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
@@ -105,6 +106,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._hooks = ParentHooks(self.handle)
+        self._failures = Failures(self._hooks)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -189,6 +191,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 patience = time.monotonic() + TERMINATE_GRACE + 2.0
             elif time.monotonic() > patience:  # cold, and the dispatcher does not react
                 self.handle.kill()
+        self._failures.send_errbacks(last=True)
         # Only now: what Celery made of the last ends may have asked for callbacks.
         self.handle.close()
         while not self.handle.finished and self.handle.fileno() >= 0:
@@ -281,6 +284,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at the start and after each reconnect of the broker."""
         self._loop.connect(hub)
+        self._failures.send_errbacks()
 
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:
@@ -363,7 +367,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """The one terminal callback of a job, then its slot is free."""
         self._jobs.pop(job.id, None)
         try:
-            self._call(job, which, *args, **kwargs)
+            if which == "callback":
+                self._call(job, which, *args, **kwargs)
+            elif (function := job.callbacks.get(which)) is not None:
+                self._failures.report(function, *args, **kwargs)
         finally:
             if self._slots is not None:
                 self._slots.release()

@@ -66,7 +66,7 @@ def test_a_hard_limit_from_the_call(shop):
     begun = started(node, result)
     fails_with(result, TimeLimitExceeded)
     assert time.monotonic() - begun < 0.5 + SLACK + 0.5
-    # In the main process, where the worker's death is known: exactly once each.
+    # Once the worker is dead: exactly once each.
     node.notes.wait("on_failure", id=result.id)
     send(shop, "add", 1, 1).get(timeout=PATIENCE)
     assert [note["exc"] for note in node.notes.read("failure", id=result.id)] == ["TimeLimitExceeded"]
