@@ -9,6 +9,7 @@ transport) one supervisor thread does the same.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -19,13 +20,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from billiard.common import REMAP_SIGTERM, TERM_SIGNAME
+from billiard.common import REMAP_SIGTERM, TERM_SIGNAME, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
+from celery.worker.request import Request
 
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
@@ -35,6 +37,7 @@ from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.soft import SoftShutdown
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -53,6 +56,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: New in Celery 5.6.
+_MAY_CANCEL_QUIETLY = "emit_retry" in inspect.signature(Request.cancel).parameters
 
 
 class Job:
@@ -107,6 +112,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._loop = LoopLink(self.handle, self._pump)
         self._hooks = ParentHooks(self.handle)
         self._failures = Failures(self._hooks)
+        self._soft = SoftShutdown(self, self._drain)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -161,6 +167,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         child.keep_logs_whole()
         make_closable(self.app)
         self._hooks.connect()
+        self._soft.connect()
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
@@ -203,12 +210,26 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _cancel_stragglers(self) -> None:
         """In a cold shutdown: what had been accepted only after Celery had looked for what to cancel."""
-        if not worker_state.should_terminate:
+        if not self._soft.is_cold:
             return
         overlooked = {job.task_id for job in self._jobs.values() if job.pid and not job.terminated}
         for request in tuple(worker_state.active_requests):
             if request.id in overlooked:
-                request.cancel(self, emit_retry=not request.task.acks_late)
+                request.cancel(self, **({"emit_retry": not request.task.acks_late} if _MAY_CANCEL_QUIETLY else {}))
+
+    def _drain(self, seconds: float, even_idle: bool) -> None:
+        """Hears what runs until nothing does or the time is up. Called by a signal handler: the loop stands still."""
+        if self._semaphore is not None:  # what comes now, an ETA say, waits there; its message is the broker's again
+            self._semaphore.clear()
+            self._semaphore.shrink(self.limit)
+            self._semaphore = None
+        self.flush()
+        deadline = time.monotonic() + seconds
+        while (even_idle or worker_state.active_requests) and self.handle.fileno() >= 0:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            self._step(min(left, 0.2))
+            self._loop.keep_alive()
 
     def on_terminate(self) -> None:
         """Cold: ends everything at once."""
@@ -217,6 +238,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _disconnect(self) -> None:
         self._hooks.disconnect()
+        self._soft.disconnect()
         self._loop.disconnect()
 
     def flush(self) -> None:
@@ -327,7 +349,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
-        elif kind is Kind.STARTED and worker_state.should_terminate:
+        elif kind is Kind.STARTED and self._soft.is_cold:
             job.abandon()  # a cold shutdown has cancelled what it knew to run; this one it did not know yet
         elif kind is Kind.STARTED:
             job.pid = int(frame.b)
@@ -336,7 +358,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
-            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
+            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(_left(value)))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
@@ -474,6 +496,17 @@ def _tamed(value: Any) -> Any:
         if isinstance(exc, MemoryError | SystemExit | KeyboardInterrupt):
             info.exception = RemoteError(type(exc).__name__, str(exc))
     return failed, info, runtime
+
+
+def _left(exc: BaseException) -> BaseException:
+    """A task that asked to leave: Celery knows that since 5.7; before, it would take it for its own."""
+    if not isinstance(exc, SystemExit | KeyboardInterrupt):
+        return exc
+    code: object = (exc.code or 0) if isinstance(exc, SystemExit) else type(exc).__name__
+    lost: BaseException = WorkerLostError(
+        f"Worker exited prematurely: {human_status(code) if isinstance(code, int) else code}."
+    )
+    return lost
 
 
 def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:
