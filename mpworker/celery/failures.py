@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from billiard.exceptions import WorkerLostError
 from celery import current_app, signals, states
 from celery.app.task import Task
 from celery.exceptions import TimeLimitExceeded
@@ -22,7 +23,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 
-from mpworker.celery.hooks import ParentHooks
+from mpworker.celery.hooks import ParentHooks, stored_success
 from mpworker.errors import PayloadError
 from mpworker.pool.callbacks import pack_hooks
 from mpworker.pool.coroutines import settle
@@ -63,6 +64,8 @@ class Failures:
         if not hasattr(request, "request_dict"):
             function(*args, **kwargs)
             return
+        if args and not hasattr(request, "_success_was_stored") and _succeeded(request, args[0].exception):
+            return  # Celery itself looks since 5.7
         called: set[str] = set()
         heard: list[tuple[BaseException, str]] = []
 
@@ -156,6 +159,16 @@ def _call_task_hooks(
             last.callback(lambda: settle(task.after_return(states.FAILURE, error, *facts, None)))
         for hook in {FAILED, RETRIED} & which:
             settle(getattr(task, hook)(error, *facts, info))
+
+
+def _succeeded(request: Any, error: BaseException) -> bool:
+    """Whether the task had stored its success before its process was lost. Then that is its end."""
+    meta = stored_success(request.task, request.id) if isinstance(error, WorkerLostError) else None
+    if meta is None:
+        return False
+    logger.warning("Task %s[%s] succeeded before the worker was lost: %r", request.name, request.id, error)
+    request.on_success((0, saferepr(meta.get("result"), request.task.resultrepr_maxsize), 0.0))
+    return True
 
 
 def _announce(request: Any, error: TimeLimitExceeded) -> None:
