@@ -31,7 +31,7 @@ from celery.worker.request import Request
 
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
-from mpworker.celery.connection import make_closable
+from mpworker.celery.connection import Outage
 from mpworker.celery.failures import Failures
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
@@ -113,6 +113,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._hooks = ParentHooks(self.handle)
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
+        self._outage = Outage(self, self._listen_once)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -165,7 +166,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             SystemExit: the workers cannot start; the reason has been logged.
         """
         child.keep_logs_whole()
-        make_closable(self.app)
+        self._outage.connect()
         self._hooks.connect()
         self._soft.connect()
         signals.worker_before_create_process.send(sender=self)
@@ -239,6 +240,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _disconnect(self) -> None:
         self._hooks.disconnect()
         self._soft.disconnect()
+        self._outage.disconnect()
         self._loop.disconnect()
 
     def flush(self) -> None:
@@ -251,6 +253,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             for job in list(self._jobs.values()):
                 if not job.pid:
                     job.abandon()
+
+    def _listen_once(self) -> None:
+        if not self._pumped_elsewhere():
+            self._step(0.0)
 
     def _step(self, patience: float) -> None:
         """Waits a little, hears events: here, or from the supervisor thread."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
+import signal
 import threading
 from importlib.metadata import version
 
 import pytest
 from integration.node import PATIENCE, eventually, running
+
+from mpworker import ResultStore
 
 SAYS = {"limit": "TimeLimitExceeded", "exit": "WorkerLostError", "sysexit": "WorkerLostError"}
 HOOKS = ("on_failure", "after_return", "on_retry", "error_callback")
@@ -33,6 +39,24 @@ class Events:
 
     def of(self, task_id):
         return [event["type"] for event in list(self.seen) if event.get("uuid") == task_id]
+
+
+@contextlib.contextmanager
+def published(server):
+    """Names of the events that somebody publishes meanwhile, as they come over the wire."""
+    with server.client() as client, client.pubsub() as pubsub:
+        pubsub.psubscribe("/*celeryev*")
+        assert pubsub.get_message(timeout=PATIENCE)["type"] == "psubscribe"
+        seen = []
+
+        def look():
+            message = pubsub.get_message(timeout=0.05)
+            if message is not None:
+                body = json.loads(base64.b64decode(json.loads(message["data"])["body"]))
+                seen.extend(body if isinstance(body, list) else [body])
+            return seen
+
+        yield look
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +141,34 @@ def test_hooks_that_raise_harm_nothing(shop):
     node.notes.wait("quiet", name=errback)
     node.await_log("from on_failure")
     assert f"a callback of shop.tasks.late_doomed[{result.id}] failed: RuntimeError: from on_failure" in node.log()
+
+
+def test_while_the_broker_is_away(tmp_path):
+    """The main process is blocked in its attempts to connect, and everybody hears of the end all the same."""
+    config = {"broker_connection_retry_on_startup": True, "broker_connection_max_retries": None}
+    with running(tmp_path, "-c", "1", "-E", config=config) as (server, node, client):
+        errback = client.signature("shop.tasks.quiet", args=("errback of an outage",), immutable=True)
+        result = client.send_task("shop.tasks.doomed", args=("limit",), time_limit=2.0, link_error=errback)
+        node.notes.wait("doomed", id=result.id)
+        server.kill()
+        node.await_log("Connection to broker lost")
+        for kind in ("failure", "on_failure", "after_return", "error_callback"):
+            node.notes.wait(kind, timeout=15.0)
+        node.await_log("Cannot connect to")
+        node.signal(signal.SIGSTOP)  # so that it is not back before somebody listens
+        server.start()
+        with published(server) as look:
+            node.signal(signal.SIGCONT)
+            eventually(lambda: [e for e in look() if (e.get("uuid"), e["type"]) == (result.id, "task-failed")])
+            node.notes.wait("quiet", name="errback of an outage")
+            add = client.send_task("shop.tasks.add", args=(1, 2))
+            assert add.get(timeout=PATIENCE) == 3
+            eventually(lambda: [event for event in look() if event.get("uuid") == add.id])
+            types = [event["type"] for event in look() if event.get("uuid") == result.id]
+            assert types.count("task-failed") == 1
+        seen = [note["kind"] for note in node.notes.read(id=result.id)]
+        for kind in ("failure", "on_failure", "after_return"):
+            assert seen.count(kind) == 1
+        assert len(node.notes.read("error_callback")) == 1
+        assert len(node.notes.read("quiet", name="errback of an outage")) == 1
+        assert ResultStore(node.journal).get_statistics()["failed"] == 1
