@@ -53,6 +53,11 @@ def __getattr__(name: str) -> Any:
         return _default[0]
 
 
+def is_default(app: Celery) -> bool:
+    """Whether this is the app of this module. Makes none: a second app would be the current one from there on."""
+    return app in _default
+
+
 def install(app: Celery) -> Celery:
     """Gives a project's Celery app mpworker's pool, and the journal before its Redis results.
 

@@ -158,7 +158,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         self._left_alone_until = 0.0
         self._unshipped = 0
         #: one script decides; False where payloads are no JSON or the server refuses scripts
-        self._scripted = self.content_type == "application/json" and not self.compression
+        self._scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
 
     def as_uri(self, include_password: bool = False) -> str:
         """The URL that leads back to this class."""
@@ -209,7 +209,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     def _record(self, meta: dict[str, Any], message: str, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
         finished = state in states.READY_STATES or state == states.RETRY
-        expires = self.failure_expires if state == states.FAILURE else self.expires
+        # New in Celery 5.7, as is compression.
+        expires = getattr(self, "failure_expires", None) if state == states.FAILURE else self.expires
         return Record(
             task_id=task_id,
             name=getattr(request, "task", None),

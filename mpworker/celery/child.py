@@ -29,6 +29,7 @@ from celery.worker import state as worker_state
 
 from mpworker import logs
 from mpworker.celery import hooks
+from mpworker.celery.app import is_default
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
@@ -68,7 +69,7 @@ def describe_app(app: Celery) -> AppSpec:
 
 
 def _place_of(app: Celery) -> tuple[str, str] | None:
-    if getattr(sys.modules.get("mpworker"), "app", None) is app:
+    if is_default(app):
         return "mpworker", "app"
     for name, module in list(sys.modules.items()):
         if module is None or name.partition(".")[0] in ("celery", "mpworker", "kombu"):
@@ -111,9 +112,16 @@ def load(spec: AppSpec) -> None:
         _import_clients(app)
     for fixup in app._fixups or ():  # Django's waits for a signal that only a main process sends
         if hasattr(fixup, "on_worker_init"):
-            fixup.on_worker_init()
+            fixup.on_worker_init(sender=_Prefork(app))
     global _app
     _app = app
+
+
+class _Prefork(NamedTuple):
+    """The worker as Celery's Django fixup knows it: only with this name for the pool it closes those of databases."""
+
+    app: Celery
+    pool_cls: str = "prefork"
 
 
 def _import_clients(app: Celery) -> None:
@@ -149,7 +157,10 @@ _hostname: str | None = None
 
 
 def adopt(app: Celery) -> None:
-    """For children that are forks of the main process: the app is there already."""
+    """For children that are forks of the main process: the app is there already, and so are its fixups."""
+    for fixup in app._fixups or ():
+        if hasattr(fixup, "worker_fixup"):
+            fixup.worker_fixup.worker = _Prefork(app)
     global _app
     _app = app
 

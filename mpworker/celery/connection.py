@@ -1,14 +1,16 @@
-"""The node's connection to its broker: kombu's, which also closes in peace when the broker is gone.
+"""The node's connection to its broker: kombu's, which closes in peace when the broker is gone, and stays alert.
 
-Owns that one difference. Never connects by itself.
+Owns those two differences. Never connects by itself.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
-from celery import Celery
+from celery import Celery, signals
 
 logger = logging.getLogger("mpworker.broker")
 
@@ -21,14 +23,68 @@ def make_closable(app: Celery) -> None:
     """
     base = app.amqp.Connection
     if not getattr(base, "closes_in_peace", False):
-        app.amqp.Connection = type("Connection", (_Closable, base), {})
+        app.amqp.Connection = type("Connection", (_Closable, base), {"outages": WeakSet()})
+
+
+class Outage:
+    """Hears a pool while the broker is away: then the main thread tries to connect, and its event loop stands still.
+
+    Args:
+        pool: the worker's.
+        listen: called about once a second.
+    """
+
+    def __init__(self, pool: Any, listen: Callable[[], None]) -> None:
+        self._pool, self._listen = pool, listen
+        self._consumer: Any = None
+
+    def connect(self) -> None:
+        make_closable(self._pool.app)
+        self._pool.app.amqp.Connection.outages.add(self)
+        signals.worker_ready.connect(self._on_ready)
+
+    def disconnect(self) -> None:
+        self._pool.app.amqp.Connection.outages.discard(self)
+        signals.worker_ready.disconnect(self._on_ready)
+
+    def _on_ready(self, sender: Any, **_: Any) -> None:
+        if getattr(sender, "pool", None) is self._pool:
+            self._consumer = sender
+
+    def passes(self) -> None:
+        """Called by a connection that waits."""
+        self._listen()
+        dispatcher = getattr(self._consumer, "event_dispatcher", None)
+        if dispatcher is not None:
+            _keep_events(dispatcher)
+
+
+def _keep_events(dispatcher: Any) -> None:
+    """Celery's next dispatcher takes over what this one could not send, but not what it has not tried to send yet."""
+    with dispatcher.mutex:
+        for group, events in dispatcher._group_buffer.items():
+            if events:
+                dispatcher._outbound_buffer.append((list(events), f"{group}.multi"))
+                events.clear()
 
 
 class _Closable:
     closes_in_peace = True
+    outages: WeakSet[Outage]
 
     def maybe_close_channel(self, channel: Any) -> None:
         try:
             super().maybe_close_channel(channel)  # type: ignore[misc]
         except AttributeError as exc:
             logger.debug("closing a channel of a lost connection: %r", exc)
+
+    def ensure_connection(self, *args: Any, callback: Callable[[], None] | None = None, **kwargs: Any) -> Any:
+        """As kombu's, whose ``callback`` is for those who wait in the main thread; others give none."""
+
+        def waiting() -> None:
+            for outage in list(self.outages):
+                outage.passes()
+            if callback is not None:
+                callback()
+
+        return super().ensure_connection(*args, callback=waiting if callback else None, **kwargs)  # type: ignore[misc]

@@ -103,6 +103,18 @@ def _call(hooks: bytes, flag: Outcome, body: bytes) -> None:
 # -- in the main process -----------------------------------------------------------------------------------------------
 
 
+def stored_success(task: Any, task_id: str) -> dict[str, Any] | None:
+    """What the result backend holds of a task whose process was lost, if that is a success."""
+    if task.ignore_result or isinstance(task.backend, DisabledBackend):
+        return None  # nothing is stored that could be asked
+    try:
+        meta: dict[str, Any] = task.backend.get_task_meta(task_id, cache=False)
+    except Exception as exc:
+        logger.error("whether %s[%s] had succeeded before its process was lost: %r", task.name, task_id, exc)
+        return None
+    return meta if meta.get("status") == states.SUCCESS else None
+
+
 class ParentHooks:
     """The main process' part, for one pool.
 
@@ -152,14 +164,8 @@ class ParentHooks:
         says nothing; nor had the process asked for the callback, if the two came too close together."""
         if task_id == self._spoken or task_id in self._asked or find_hook(task, CALLBACK) is None:
             return
-        if task.ignore_result or isinstance(task.backend, DisabledBackend):
-            return  # nothing is stored that could be asked
-        try:
-            meta = task.backend.get_task_meta(task_id, cache=False)
-        except Exception as exc:
-            logger.error("whether %s[%s] had succeeded before its process was lost: %r", task.name, task_id, exc)
-            return
-        if meta.get("status") == states.SUCCESS:
+        meta = stored_success(task, task_id)
+        if meta is not None:
             self._ask(task, task_id, *pack_outcome(meta.get("result")))
 
     def _on_failure(self, sender: Any, task_id: str, exception: BaseException, **_: Any) -> None:
@@ -179,7 +185,12 @@ class ParentHooks:
         except PayloadError as exc:
             logger.error("the callbacks of %s[%s] cannot be called: %s", task.name, task_id, exc)
             return
-        if hooks and self._handle.fileno() >= 0:
+        if hooks:
+            self.call(task, task_id, hooks, flag, body)
+
+    def call(self, task: Any, task_id: str, hooks: bytes, flag: Outcome, body: bytes) -> None:
+        """Has the callback process call packed hooks; what they raise is logged with the task's name."""
+        if self._handle.fileno() >= 0:
             job = self._handle.next_id()
             self._names[job] = f"{task.name}[{task_id}]"
             self._handle.call_hooks(job, hooks, flag, body)

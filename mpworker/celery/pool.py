@@ -9,6 +9,7 @@ transport) one supervisor thread does the same.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -19,20 +20,24 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from billiard.common import REMAP_SIGTERM, TERM_SIGNAME
+from billiard.common import REMAP_SIGTERM, TERM_SIGNAME, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
+from celery.worker.request import Request
 
 from mpworker.celery import child
 from mpworker.celery.app import settings_of
-from mpworker.celery.connection import make_closable
+from mpworker.celery.connection import Outage
+from mpworker.celery.failures import Failures
 from mpworker.celery.hooks import ParentHooks
+from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.soft import SoftShutdown
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -51,6 +56,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: New in Celery 5.6.
+_MAY_CANCEL_QUIETLY = "emit_retry" in inspect.signature(Request.cancel).parameters
 
 
 class Job:
@@ -104,6 +111,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._hooks = ParentHooks(self.handle)
+        self._failures = Failures(self._hooks)
+        self._soft = SoftShutdown(self, self._drain)
+        self._outage = Outage(self, self._listen_once)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -156,8 +166,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             SystemExit: the workers cannot start; the reason has been logged.
         """
         child.keep_logs_whole()
-        make_closable(self.app)
+        self._outage.connect()
         self._hooks.connect()
+        self._soft.connect()
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
@@ -188,6 +199,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 patience = time.monotonic() + TERMINATE_GRACE + 2.0
             elif time.monotonic() > patience:  # cold, and the dispatcher does not react
                 self.handle.kill()
+        self._failures.send_errbacks(last=True)
         # Only now: what Celery made of the last ends may have asked for callbacks.
         self.handle.close()
         while not self.handle.finished and self.handle.fileno() >= 0:
@@ -199,12 +211,26 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _cancel_stragglers(self) -> None:
         """In a cold shutdown: what had been accepted only after Celery had looked for what to cancel."""
-        if not worker_state.should_terminate:
+        if not self._soft.is_cold:
             return
         overlooked = {job.task_id for job in self._jobs.values() if job.pid and not job.terminated}
         for request in tuple(worker_state.active_requests):
             if request.id in overlooked:
-                request.cancel(self, emit_retry=not request.task.acks_late)
+                request.cancel(self, **({"emit_retry": not request.task.acks_late} if _MAY_CANCEL_QUIETLY else {}))
+
+    def _drain(self, seconds: float, even_idle: bool) -> None:
+        """Hears what runs until nothing does or the time is up. Called by a signal handler: the loop stands still."""
+        if self._semaphore is not None:  # what comes now, an ETA say, waits there; its message is the broker's again
+            self._semaphore.clear()
+            self._semaphore.shrink(self.limit)
+            self._semaphore = None
+        self.flush()
+        deadline = time.monotonic() + seconds
+        while (even_idle or worker_state.active_requests) and self.handle.fileno() >= 0:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            self._step(min(left, 0.2))
+            self._loop.keep_alive()
 
     def on_terminate(self) -> None:
         """Cold: ends everything at once."""
@@ -213,6 +239,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _disconnect(self) -> None:
         self._hooks.disconnect()
+        self._soft.disconnect()
+        self._outage.disconnect()
         self._loop.disconnect()
 
     def flush(self) -> None:
@@ -225,6 +253,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             for job in list(self._jobs.values()):
                 if not job.pid:
                     job.abandon()
+
+    def _listen_once(self) -> None:
+        if not self._pumped_elsewhere():
+            self._step(0.0)
 
     def _step(self, patience: float) -> None:
         """Waits a little, hears events: here, or from the supervisor thread."""
@@ -259,8 +291,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except PayloadError as exc:
             self._end(job, "error_callback", _einfo(exc))
             return job
-        soft, hard = self._timeouts
-        self.handle.submit(job.id, body, soft=soft_timeout or soft, hard=timeout or hard)
+        if task_id:
+            soft, hard = limits_of(self.app.tasks.get(name), args[2], self._timeouts)
+        else:
+            soft, hard = soft_timeout or self._timeouts[0], timeout or self._timeouts[1]
+        self.handle.submit(job.id, body, soft=soft, hard=hard)
         self._loop.watch_writing()
         return job
 
@@ -277,6 +312,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at the start and after each reconnect of the broker."""
         self._loop.connect(hub)
+        self._failures.send_errbacks()
 
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:
@@ -319,7 +355,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
-        elif kind is Kind.STARTED and worker_state.should_terminate:
+        elif kind is Kind.STARTED and self._soft.is_cold:
             job.abandon()  # a cold shutdown has cancelled what it knew to run; this one it did not know yet
         elif kind is Kind.STARTED:
             job.pid = int(frame.b)
@@ -328,7 +364,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
-            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
+            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(_left(value)))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
@@ -359,7 +395,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """The one terminal callback of a job, then its slot is free."""
         self._jobs.pop(job.id, None)
         try:
-            self._call(job, which, *args, **kwargs)
+            if which == "callback":
+                self._call(job, which, *args, **kwargs)
+            elif (function := job.callbacks.get(which)) is not None:
+                self._failures.report(function, *args, **kwargs)
         finally:
             if self._slots is not None:
                 self._slots.release()
@@ -463,6 +502,17 @@ def _tamed(value: Any) -> Any:
         if isinstance(exc, MemoryError | SystemExit | KeyboardInterrupt):
             info.exception = RemoteError(type(exc).__name__, str(exc))
     return failed, info, runtime
+
+
+def _left(exc: BaseException) -> BaseException:
+    """A task that asked to leave: Celery knows that since 5.7; before, it would take it for its own."""
+    if not isinstance(exc, SystemExit | KeyboardInterrupt):
+        return exc
+    code: object = (exc.code or 0) if isinstance(exc, SystemExit) else type(exc).__name__
+    lost: BaseException = WorkerLostError(
+        f"Worker exited prematurely: {human_status(code) if isinstance(code, int) else code}."
+    )
+    return lost
 
 
 def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:

@@ -17,7 +17,7 @@ def environment(tmp_path, **changes):
 
 def run(tmp_path, *words, **changes):
     return subprocess.run(
-        [sys.executable, "-m", *words],
+        [sys.executable, *(["-c", *words[1:]] if words[0] == "code" else ["-m", *words])],
         cwd=tmp_path,
         env=environment(tmp_path, **changes),
         capture_output=True,
@@ -153,3 +153,38 @@ def test_the_demo_says_why_its_worker_ended(tmp_path):
     assert "exit code 1" in done.stderr
     assert "cannot import not_there" in done.stderr
     assert "worker.log" in done.stderr
+
+
+OLD_CELERY = """
+import sys, celery
+celery.__version__ = "5.4.0"
+from celery.__main__ import main
+sys.argv[0] = "celery"
+main()
+"""
+PROJECT = """
+import mpworker
+from celery import Celery
+
+app = mpworker.install(Celery("proj", broker="memory://"))
+"""
+
+
+@pytest.mark.parametrize("how", ["default app", "installed", "environment only"])
+def test_a_celery_that_is_too_old(tmp_path, how):
+    (tmp_path / "proj.py").write_text(PROJECT if how == "installed" else PROJECT.replace("mpworker.install", ""))
+    (tmp_path / "old.py").write_text(OLD_CELERY)
+    app = "mpworker" if how == "default app" else "proj"
+    options, changes = ["-P", "threads"], {}
+    if how == "environment only":
+        options, changes = ["-P", "custom"], {"CELERY_CUSTOM_WORKER_POOL": "mpworker.celery.pool:TaskPool"}
+    done = run(tmp_path, "old", "-A", app, "worker", *options, **changes)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mpworker: this is Celery 5.4.0; 5.5 or newer is needed\n"
+
+
+def test_a_celery_that_is_too_old_in_another_program(tmp_path):
+    (tmp_path / "proj.py").write_text(PROJECT)
+    done = run(tmp_path, "code", "import celery; celery.__version__ = '5.4.0'; import proj")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ImportError: this is Celery 5.4.0; 5.5 or newer is needed"

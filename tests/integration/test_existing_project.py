@@ -282,18 +282,18 @@ SCRIPT = """
 import os, threading
 from pathlib import Path
 import mpworker, support
-from celery import Celery, signals
+from celery import Celery, shared_task, signals
 
 app = mpworker.install(Celery("own", broker="memory://", broker_transport_options={"polling_interval": 0.01}))
 done = support.Signpost(Path("done").absolute())
 
-@app.task
+@shared_task
 def work():
     done.set(work.name)
 
 @signals.worker_ready.connect
 def use(**_):
-    work.delay()
+    work.delay()  # finds the app that is current in the main process
     threading.Thread(target=leave, daemon=True).start()
 
 def leave():

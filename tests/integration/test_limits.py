@@ -66,7 +66,7 @@ def test_a_hard_limit_from_the_call(shop):
     begun = started(node, result)
     fails_with(result, TimeLimitExceeded)
     assert time.monotonic() - begun < 0.5 + SLACK + 0.5
-    # In the main process, where the worker's death is known: exactly once each.
+    # Once the worker is dead: exactly once each.
     node.notes.wait("on_failure", id=result.id)
     send(shop, "add", 1, 1).get(timeout=PATIENCE)
     assert [note["exc"] for note in node.notes.read("failure", id=result.id)] == ["TimeLimitExceeded"]
@@ -81,6 +81,22 @@ def test_an_errback_of_a_hard_limit_runs_once(shop):
     node.notes.wait("quiet", name="errback of a limit")
     send(shop, "add", 1, 1).get(timeout=PATIENCE)
     assert len(node.notes.read("quiet", name="errback of a limit")) == 1
+
+
+def test_limits_by_remote_control(shop):
+    """They hold from the next start of that task on, and give way to those of a call."""
+    _, _node, client = shop
+    assert send(shop, "careful", 0).get(timeout=PATIENCE) == "in time"  # the node has made its request class by now
+    answers = client.control.time_limit("shop.tasks.careful", soft=0.3, hard=30, reply=True, timeout=PATIENCE, limit=1)
+    assert "ok" in next(iter(answers[0].values()))
+    try:
+        assert send(shop, "careful", 60).get(timeout=PATIENCE) == "cleaned up"
+        assert send(shop, "careful", 0.6, soft_time_limit=30).get(timeout=PATIENCE) == "in time"
+        client.control.time_limit("shop.tasks.careful", soft=None, hard=0.4, reply=True, timeout=PATIENCE, limit=1)
+        fails_with(send(shop, "careful", 60), TimeLimitExceeded)
+    finally:
+        client.control.time_limit("shop.tasks.careful", reply=True, timeout=PATIENCE, limit=1)
+    assert send(shop, "careful", 0.5).get(timeout=PATIENCE) == "in time"
 
 
 def test_a_swallowed_soft_limit_ends_at_the_hard_one(shop):

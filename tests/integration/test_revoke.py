@@ -30,14 +30,14 @@ def test_a_waiting_task_never_runs(shop):
     _, node, client = shop
     running_one = send(shop, "hold", "gate-waiting")
     node.notes.wait("hold", name="gate-waiting")
-    waiting, next_one = send(shop, "quiet", "revoked while waiting"), send(shop, "add", 1, 2)
+    waiting, next_one = send(shop, "nap", 0, "revoked while waiting"), send(shop, "add", 1, 2)
     eventually(lambda: waiting.id in str(ask(client, node, "reserved")))
     client.control.revoke(waiting.id, reply=True, timeout=PATIENCE, limit=1)
     (node.folder / "gate-waiting").touch()
     assert running_one.get(timeout=PATIENCE) == "gate-waiting"
     assert next_one.get(timeout=PATIENCE) == 3
     revoked(waiting)
-    assert node.notes.read("quiet", name="revoked while waiting") == []
+    assert node.notes.read("nap", name="revoked while waiting") == []
 
 
 @pytest.mark.parametrize("signame", ["SIGTERM", "SIGKILL", "SIGINT", "SIGQUIT"])
@@ -87,8 +87,8 @@ def test_tasks_that_follow_each_other_closely_are_never_hit(shop):
 def test_a_revoked_task_that_is_sent_later(shop):
     _, node, client = shop
     client.control.revoke("a-known-id", reply=True, timeout=PATIENCE, limit=1)
-    revoked(send(shop, "quiet", "after its revocation", task_id="a-known-id"))
-    assert node.notes.read("quiet", name="after its revocation") == []
+    revoked(send(shop, "nap", 0, "after its revocation", task_id="a-known-id"))
+    assert node.notes.read("nap", name="after its revocation") == []
 
 
 def test_terminating_a_task_of_late_acks_settles_its_message(tmp_path):

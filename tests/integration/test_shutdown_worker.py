@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 from integration.node import PATIENCE, Node, Server, client_of, eventually
@@ -164,6 +165,26 @@ def test_soft_shutdown_lets_short_tasks_finish(client, node_of):
     node.wait(20.0)
     assert short.get(timeout=PATIENCE) == "gate"
     assert long.state != "SUCCESS"
+    node.await_gone(2.0)
+
+
+def test_soft_shutdown_ends_with_the_last_task_and_begins_no_other(server, client, node_of):
+    node = node_of("-c", "1", config={"worker_soft_shutdown_timeout": 60.0, **ONE_AT_A_TIME})
+    last = hold(client, node, "gate")
+    waiting = [client.send_task("shop.tasks.quiet", args=(f"waiting {n}",)) for n in range(2)]
+    waiting += [client.send_task("shop.tasks.quiet", args=(f"later {n}",), countdown=0.5) for n in range(2)]
+    eventually(lambda: all(f"{result.id}] received" in node.log() for result in waiting))
+    node.signal(signal.SIGQUIT)
+    node.await_log("Initiating Soft Shutdown")
+    waited = time.monotonic() + 1.0
+    eventually(lambda: time.monotonic() > waited, what="it is later, and what was to run later does not")
+    (node.folder / "gate").touch()
+    opened = time.monotonic()
+    node.wait(20.0)
+    assert time.monotonic() - opened < 5.0
+    assert last.get(timeout=PATIENCE) == "gate"
+    assert node.notes.read("quiet") == []
+    assert server.client().llen("celery") + server.client().hlen("unacked") == 4
     node.await_gone(2.0)
 
 

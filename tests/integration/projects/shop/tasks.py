@@ -127,6 +127,56 @@ def counted(self, action):
     return action
 
 
+def told_of_end(error):
+    note("error_callback", of=str(error), exc=type(error).__name__)
+
+
+class Doomed(Counted):
+    """Says in its hooks which process they run in, and that they know their request."""
+
+    def on_failure(self, exc, task_id, args, kwargs, einfo):
+        note("on_failure", id=task_id, exc=type(exc).__name__, args=args, request=self.request.id, text=str(einfo))
+        if args[0] == "hooks raise":
+            raise RuntimeError("from on_failure")
+
+    def on_retry(self, exc, task_id, args, kwargs, einfo):
+        note("on_retry", id=task_id, exc=type(exc).__name__)
+
+
+def end(task, how):
+    note("doomed", id=task.request.id)
+    if task.request.retries or task.request.delivery_info.get("redelivered"):
+        return "second"
+    if how == "limit":
+        time.sleep(60)
+    if how == "sysexit":
+        sys.exit(3)
+    os._exit(7)
+
+
+@app.task(base=Doomed, bind=True, error_callback=told_of_end)
+def doomed(self, how):
+    return end(self, how)
+
+
+@app.task(base=Doomed, bind=True, error_callback=told_of_end, acks_late=True)
+def late_doomed(self, how):
+    return end(self, how)
+
+
+@app.task(base=Doomed, bind=True, error_callback=told_of_end, acks_late=True, reject_on_worker_lost=True)
+def requeued(self, how):
+    return end(self, how)
+
+
+@app.task(base=Doomed, bind=True, error_callback=told_of_end, acks_late=True, default_retry_delay=0, max_retries=1)
+def retried(self, how):
+    return end(self, how)
+
+
+retried.retry_on_worker_lost = True  # an option since Celery 5.7
+
+
 @app.task(bind=True)
 def spread(self, numbers):
     """Puts a chord in its own place."""
