@@ -65,3 +65,4 @@ mpworker_journal_fsync = "off"
 mpworker_callback_time_limit = 60
 # Seconds that a worker process may take to import the application.
 mpworker_ready_timeout = 120
+mpworker_max_deaths = 3

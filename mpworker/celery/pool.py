@@ -33,6 +33,7 @@ from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.poison import Deaths
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -104,6 +105,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._hooks = ParentHooks(self.handle)
+        hostname = (self.options.get("initargs") or (None, ""))[1]
+        self._deaths = Deaths(self.app, self._settings.max_deaths, hostname)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -328,6 +331,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
+            if isinstance(value, SystemExit | KeyboardInterrupt):  # to Celery, a lost worker
+                value = self._judge(job, value)
             self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
@@ -343,9 +348,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
         else:
             text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
-            self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+            self._end(job, "error_callback", _einfo(self._judge(job, WorkerLostError(text)), text))
             if (task := self.app.tasks.get(job.name)) is not None:
                 self._hooks.lost(task, job.task_id)
+
+    def _judge(self, job: Job, lost: BaseException) -> BaseException:
+        return lost if job.terminated else self._deaths.judge(job.callbacks.get("error_callback"), lost)
 
     def _on_broken(self, why: str) -> None:
         """No workers any more: the node ends. What had started is lost with them; the rest is the broker's again."""
@@ -411,6 +419,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "dispatcher": self.handle.pid,
                 "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
                 "unfinished": len(self._jobs),
+                "dead-messages": self._deaths.given_up,
             }
         )
         return info
