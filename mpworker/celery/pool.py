@@ -34,6 +34,7 @@ from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
 from mpworker.celery.poison import Deaths
+from mpworker.celery.stalls import StallDetector
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -105,6 +106,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._hooks = ParentHooks(self.handle)
+        self.app.steps["consumer"].add(StallDetector)  # looked at when the consumer is made, which comes next
         hostname = (self.options.get("initargs") or (None, ""))[1]
         self._deaths = Deaths(self.app, self._settings.max_deaths, hostname)
 
