@@ -54,6 +54,20 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _seconds_or_off(value: Any) -> float:
+    try:
+        return 0.0 if not isinstance(value, bool) and float(value) == 0 else _seconds(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a number of seconds, or 0 for never") from None
+
+
+def _count_or_off(value: Any) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise ValueError("must be a whole number, or 0 for never")
+    return int(text)
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -88,6 +102,10 @@ class Settings:
     callback_time_limit: float = _setting(_seconds, 60.0)
     #: seconds that a child may take to import the application and to initialize
     ready_timeout: float = _setting(_seconds, 120.0)
+    #: a message that has cost so many worker processes is failed instead of run again; 0: never
+    max_deaths: int = _setting(_count_or_off, 3)
+    #: seconds that messages may wait beside free slots before the consumer is restarted; 0: for ever
+    stall_timeout: float = _setting(_seconds_or_off, 60.0)
 
     @property
     def journal_dir(self) -> Path:

@@ -23,11 +23,10 @@ from celery.utils.log import get_logger
 from kombu.exceptions import KombuError
 from kombu.utils.objects import cached_property
 from redis import exceptions as redis_errors
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from mpworker.celery.app import settings_of
-from mpworker.errors import ConfigurationError, StoreError
+from mpworker.celery.connection import quick_client
+from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
 from mpworker.settings import Settings
@@ -184,8 +183,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         payload = self.encode(meta)
         if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
-        message = describe(result) if isinstance(result, BaseException) else ""
-        record = self._record(meta, message, payload, request, journal.node)
+        record = self._record(meta, result, payload, request, journal.node)
         try:
             place = journal.append(record)
         except StoreError as exc:
@@ -206,7 +204,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
                 *(request.id, request.group, describe(exc)),
             )
 
-    def _record(self, meta: dict[str, Any], message: str, payload: str | bytes, request: Any, node: str) -> Record:
+    def _record(self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
         finished = state in states.READY_STATES or state == states.RETRY
         # New in Celery 5.7, as is compression.
@@ -215,7 +213,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             task_id=task_id,
             name=getattr(request, "task", None),
             status=state,
-            message=message,
+            message=describe(result) if isinstance(result, BaseException) else "",
             result=meta["result"],
             traceback=None if traceback is None else str(traceback),
             runtime=runtime_of(task_id) if finished else None,
@@ -224,6 +222,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             key=self.get_key_for_task(task_id).decode(),
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
+            dead=isinstance(result, PoisonMessage),
         )
 
     def _ship(self, journal: Journal, place: Place, record: Record) -> None:
@@ -251,13 +250,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     @cached_property
     def _quick_client(self) -> Any:
         """A client that gives up soon: what it writes is in the journal already."""
-        params = dict(self.connparams)
-        for name in ("socket_timeout", "socket_connect_timeout"):
-            if name in params:
-                params[name] = min(params[name] or REDIS_TIMEOUT, REDIS_TIMEOUT)
-        # One immediate retry mends a connection that a restarted server has closed; a timeout is not tried again.
-        params.update(retry_on_timeout=False, retry=Retry(NoBackoff(), 1, (redis_errors.ConnectionError,)))
-        return self._create_client(**params)
+        return quick_client(self, REDIS_TIMEOUT)
 
     @cached_property
     def _store_script(self) -> Any:

@@ -37,7 +37,9 @@ from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.poison import Deaths
 from mpworker.celery.soft import SoftShutdown
+from mpworker.celery.stalls import StallDetector
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -114,6 +116,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
         self._outage = Outage(self, self._listen_once)
+        self.app.steps["consumer"].add(StallDetector)  # looked at when the consumer is made, which comes next
+        hostname = (self.options.get("initargs") or (None, ""))[1]
+        self._deaths = Deaths(self.app, self._settings.max_deaths, hostname)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
@@ -364,7 +369,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
-            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(_left(value)))))
+            if not succeeded and (error := _left(value)) is not value:  # to Celery, a lost worker
+                value = self._judge(job, error)
+            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
@@ -379,9 +386,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
         else:
             text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
-            self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+            self._end(job, "error_callback", _einfo(self._judge(job, WorkerLostError(text)), text))
             if (task := self.app.tasks.get(job.name)) is not None:
                 self._hooks.lost(task, job.task_id)
+
+    def _judge(self, job: Job, lost: BaseException) -> BaseException:
+        return lost if job.terminated else self._deaths.judge(job.callbacks.get("error_callback"), lost)
 
     def _on_broken(self, why: str) -> None:
         """No workers any more: the node ends. What had started is lost with them; the rest is the broker's again."""
@@ -450,6 +460,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "dispatcher": self.handle.pid,
                 "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
                 "unfinished": len(self._jobs),
+                "dead-messages": self._deaths.given_up,
             }
         )
         return info

@@ -168,3 +168,11 @@ def test_the_runtime_is_known_only_for_the_task_that_runs(monkeypatch: pytest.Mo
     assert runtime_of("b") is None
     task_ends()
     assert runtime_of("a") is None
+
+
+def test_a_dead_message_is_marked_and_lines_of_others_and_of_older_versions_read_as_before() -> None:
+    assert Record.from_line(Record(task_id="a", status="FAILURE", dead=True).to_line()).dead
+    line = Record(task_id="a", status="FAILURE").to_line()
+    assert b"dead" not in line
+    assert not Record.from_line(line).dead
+    assert not Record.from_line(line.replace(b'"expires"', b'"dead":"no","expires"')).dead

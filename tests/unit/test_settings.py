@@ -19,6 +19,7 @@ def test_defaults() -> None:
     settings = load()
     assert (settings.start_method, settings.journal_fsync, settings.include) == ("auto", "off", ())
     assert settings.journal_dir == settings.data_dir / "journal"
+    assert (settings.max_deaths, settings.stall_timeout) == (3, 60.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.start_method = "fork"  # type: ignore[misc]
 
@@ -63,6 +64,13 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert load(mpworker_journal=Path("~/j")).journal_dir == tmp_path / "j"
 
 
+def test_zero_turns_the_poison_cap_and_the_stall_detector_off() -> None:
+    settings = load({"MPWORKER_MAX_DEATHS": "0"}, mpworker_stall_timeout=0)
+    assert (settings.max_deaths, settings.stall_timeout) == (0, 0.0)
+    settings = load({"MPWORKER_STALL_TIMEOUT": "1.5"}, mpworker_max_deaths=1)
+    assert (settings.max_deaths, settings.stall_timeout) == (1, 1.5)
+
+
 @pytest.mark.parametrize("key", ["mpworker_strat_method", "MPWORKER_STRAT_METHOD"])
 def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -87,6 +95,16 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
         ("ready_timeout", True),
         ("callback_time_limit", -1),
         ("callback_time_limit", [1]),
+        ("max_deaths", -1),
+        ("max_deaths", 2.5),
+        ("max_deaths", "2.5"),
+        ("max_deaths", "often"),
+        ("max_deaths", True),
+        ("max_deaths", float("inf")),
+        ("stall_timeout", -1),
+        ("stall_timeout", "soon"),
+        ("stall_timeout", False),
+        ("stall_timeout", float("nan")),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_line_that_names_its_origin(name: str, value: object) -> None:
