@@ -29,6 +29,7 @@ from celery.worker import state as worker_state
 
 from mpworker import logs
 from mpworker.celery import hooks
+from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
@@ -183,6 +184,7 @@ def initialize(hostname: str, journal: bool) -> None:
         enable_journal(settings_of(app), hostname)
     hooks.listen_in_worker()
     for name, task in app.tasks.items():
+        run_on_the_loop(task)
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
     worker_state.reset_state()
     signals.worker_process_init.send(sender=hostname)

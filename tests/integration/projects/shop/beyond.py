@@ -1,0 +1,84 @@
+"""Tasks of kinds that a project under prefork cannot have."""
+
+import asyncio
+import os
+
+from celery import shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+from pydantic import BaseModel
+
+from shop.celery import app
+
+# -- coroutines --------------------------------------------------------------------------------------------------------
+
+
+@app.task
+async def add_later(x, y):
+    await asyncio.sleep(0)
+    return x + y
+
+
+@shared_task
+async def where():
+    return os.getpid(), id(asyncio.get_running_loop())
+
+
+@app.task
+async def fail_later(text):
+    await asyncio.sleep(0)
+    raise LookupError(text)
+
+
+@app.task(bind=True, max_retries=3)
+async def flaky_later(self, failures):
+    await asyncio.sleep(0)
+    if self.request.retries < failures:
+        raise self.retry(exc=OSError("again"), countdown=0)
+    return self.request.id, self.request.retries
+
+
+@app.task(autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0, max_retries=3, bind=True)
+async def auto_later(self, failures):
+    await asyncio.sleep(0)
+    if self.request.retries < failures:
+        raise OSError("again")
+    return self.request.retries
+
+
+@app.task(bind=True)
+async def depth(self, n):
+    """Awaits other tasks, and itself, as the functions that they are."""
+    if n == 0:
+        return await add_later(0, 0)
+    return 1 + await self(n - 1)
+
+
+@app.task
+async def applies():
+    raise add_later.apply((1, 2)).result
+
+
+@app.task
+async def careful_later():
+    try:
+        await asyncio.sleep(60)
+    except SoftTimeLimitExceeded:
+        return "cleaned up"
+
+
+class Order(BaseModel):
+    item: str
+    count: int
+
+
+@app.task(pydantic=True, bind=True)
+async def double_order(self, order: Order) -> Order:
+    await asyncio.sleep(0)
+    return Order(item=order.item, count=order.count * 2)
+
+
+@app.task(ignore_result=True)
+async def quiet_later(path):
+    await asyncio.sleep(0)
+    with open(path, "x"):
+        pass
