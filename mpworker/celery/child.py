@@ -28,7 +28,7 @@ from celery.utils.log import ColorFormatter, get_logger
 from celery.worker import state as worker_state
 
 from mpworker import logs
-from mpworker.celery import hooks
+from mpworker.celery import hooks, progress
 from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
@@ -183,6 +183,7 @@ def initialize(hostname: str, journal: bool) -> None:
 
         enable_journal(settings_of(app), hostname)
     hooks.listen_in_worker()
+    progress.listen_in_worker(app)
     for name, task in app.tasks.items():
         run_on_the_loop(task)
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
@@ -244,11 +245,13 @@ def run(target: Callable[..., Any], *args: Any) -> Any:
     if task_id is None:
         return target(*args)
     hooks.follow(task_id)
+    progress.follow(*args[:3])
     task_begins(task_id)
     try:
         return target(*args)
     finally:
         task_ends()
+        progress.follow()
         hooks.follow(None)
 
 

@@ -27,7 +27,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 
-from mpworker.celery import child
+from mpworker.celery import child, progress
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
@@ -326,6 +326,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "accept_callback", job.pid, frame.a)
         elif kind is Kind.SOFT:
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
+        elif kind is Kind.PROGRESS:
+            progress.send_event(job.callbacks.get("accept_callback"), frame)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
             self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))

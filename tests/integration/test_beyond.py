@@ -1,6 +1,10 @@
-"""What a worker can and prefork cannot, on a real node: coroutines."""
+"""What a worker can and prefork cannot, on a real node: coroutines, progress."""
 
 from __future__ import annotations
+
+import json
+import threading
+from contextlib import suppress
 
 import pytest
 from celery.exceptions import TimeLimitExceeded
@@ -10,7 +14,7 @@ from integration.node import PATIENCE, eventually, running
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     config = {"imports": ["shop.beyond"]}
-    with running(tmp_path_factory.mktemp("shop"), "-c", "1", config=config) as (server, node, client):
+    with running(tmp_path_factory.mktemp("shop"), "-c", "1", "-E", config=config) as (server, node, client):
         yield server, node, client
 
 
@@ -80,3 +84,86 @@ def test_models_of_pydantic(shop):
 def test_a_result_that_nobody_wants(shop, tmp_path):
     send(shop, "quiet_later", str(tmp_path / "ran"))
     eventually((tmp_path / "ran").exists)
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def events(shop):
+    """All events of tasks, as they come."""
+    client, seen, ready, over = shop[2], [], threading.Event(), threading.Event()
+
+    def capture():
+        with client.connection_for_read() as connection:
+            receiver = client.events.Receiver(connection, handlers={"*": seen.append})
+            with receiver.consumer_context(wakeup=False) as (line, *_):
+                ready.set()
+                while not over.is_set():
+                    with suppress(TimeoutError):
+                        line.drain_events(timeout=0.2)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    assert ready.wait(PATIENCE)
+    yield seen
+    over.set()
+    thread.join(PATIENCE)
+
+
+def of(events, result):
+    return [event for event in list(events) if event.get("uuid") == result.id]
+
+
+def release(shop, gate):
+    (shop[1].folder / gate).touch()
+
+
+@pytest.mark.parametrize("name", ["tells", "tells_later"])
+def test_progress_is_a_state_and_an_event(shop, events, name):
+    _, node, _ = shop
+    result = send(shop, name, name)
+    last = {"done": 10_000, "total": 10_000, "message": "part 10000"}
+    eventually(lambda: result.info == last, what="the last word, though it came at once after others")
+    assert result.state == "PROGRESS"
+    release(shop, name)
+    assert result.get(timeout=PATIENCE) == "done"
+    eventually(lambda: of(events, result)[-1]["type"] == "task-succeeded")
+    told = [event for event in of(events, result) if event["type"] == "task-progress"]
+    assert 2 <= len(told) <= 5
+    assert (told[-1]["done"], told[-1]["total"], told[-1]["message"]) == (10_000, 10_000, "the end")
+    types = [event["type"] for event in of(events, result)]
+    assert types[:2] == ["task-received", "task-started"]
+    assert types[2:] == ["task-progress"] * len(told) + ["task-succeeded"]
+    written = "".join(path.read_text() for path in node.journal.iterdir())
+    assert [line["status"] for line in map(json.loads, written.splitlines()) if line["task_id"] == result.id] == [
+        "SUCCESS"
+    ]
+
+
+def test_a_task_without_a_result_stores_no_progress(shop, events):
+    server, _, _ = shop
+    result = send(shop, "tells_only", "only")
+    eventually(lambda: [event for event in of(events, result) if event.get("message") == "part 10000"])
+    release(shop, "only")
+    eventually(lambda: of(events, result)[-1]["type"] == "task-succeeded")
+    assert not server.client().exists(f"celery-task-meta-{result.id}")
+
+
+def test_progress_never_comes_after_the_end_of_its_run(shop):
+    server, _, _ = shop
+    with server.client().pubsub() as listener:
+        listener.psubscribe("celery-task-meta-*")
+        results = [send(shop, "tells_to_the_end") for _ in range(20)]
+        assert {result.get(timeout=PATIENCE) for result in results} == {"done"}
+        send(shop, "add_later", 1, 1).get(timeout=PATIENCE)  # behind whatever might still have come
+        said = {result.id: [] for result in results}
+        while message := listener.get_message(timeout=0.2):
+            if message["type"] == "pmessage":
+                meta = json.loads(message["data"])
+                said.get(meta["task_id"], []).append(meta["status"])
+    assert any("PROGRESS" in states for states in said.values())
+    for states in said.values():
+        assert states[-1] == "SUCCESS"
+        assert [state for state in states if state != "PROGRESS"] == ["RETRY", "SUCCESS"]
+        assert states.count("PROGRESS") <= 2

@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import threading
 
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
 from pydantic import BaseModel
 
+import mpworker
 from shop.celery import app
+from shop.tasks import hold
 
 # -- coroutines --------------------------------------------------------------------------------------------------------
 
@@ -82,3 +85,49 @@ async def quiet_later(path):
     await asyncio.sleep(0)
     with open(path, "x"):
         pass
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+def tell(gate):
+    for n in range(1, 10_001):
+        mpworker.progress(n, 10_000, f"part {n}")
+    hold.run(gate)
+    mpworker.progress(10_000, 10_000, "the end")
+    return "done"
+
+
+@app.task
+def tells(gate):
+    return tell(gate)
+
+
+@app.task(ignore_result=True)
+def tells_only(gate):
+    return tell(gate)
+
+
+@app.task
+async def tells_later(gate):
+    return await asyncio.to_thread(tell, gate)
+
+
+@app.task(bind=True, max_retries=1)
+def tells_to_the_end(self):
+    """A thread of it goes on telling while the task ends; the first time it is to be retried."""
+    over = threading.Event()
+
+    def keep_telling():
+        while not over.is_set():
+            mpworker.progress(1, 2)
+
+    thread = threading.Thread(target=keep_telling, daemon=True)
+    thread.start()
+    try:
+        mpworker.progress(1, 2)
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+        return "done"
+    finally:
+        threading.Timer(0.01, over.set).start()
