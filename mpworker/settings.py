@@ -5,12 +5,12 @@ Owns names, types, defaults and the wording of complaints. Never reads the envir
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mpworker.errors import ConfigurationError
 
@@ -55,6 +55,41 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+@dataclass(frozen=True, slots=True)
+class SlotFormats:
+    """Environment variables by slot: what ``{slot}`` in a format becomes. Travels to worker processes."""
+
+    formats: dict[str, str]
+
+    def __call__(self, slot: int) -> dict[str, str]:
+        return {name: text.format(slot=slot) for name, text in self.formats.items()}
+
+
+def is_variable(name: object, value: object) -> bool:
+    """Whether these can be an environment variable; a number will do as its value."""
+    if not isinstance(name, str) or not isinstance(value, str | int):
+        return False
+    try:
+        text = os.fsencode(f"{name}{value}")
+    except UnicodeEncodeError:
+        return False
+    return name != "" and "=" not in name and b"\0" not in text
+
+
+def _variables(value: Any) -> Callable[[int], Mapping[str, str | int]] | None:
+    if callable(value):
+        return cast("Callable[[int], Mapping[str, str | int]]", value)
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        if isinstance(given, Mapping) and all(is_variable(*item) for item in given.items()):
+            found = SlotFormats({name: str(text) for name, text in given.items()})
+            found(0)
+            return found if given else None
+    except (ValueError, LookupError, AttributeError):  # no JSON, or no such field
+        pass
+    raise ValueError('must be variables and their formats, such as {"CUDA_VISIBLE_DEVICES": "{slot}"}')
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -90,6 +125,9 @@ class Settings:
     #: seconds that a child may take to import the application and to initialize
     ready_timeout: float = _setting(_seconds, 120.0)
 
+    #: environment variables of each worker process, by slot
+    worker_env: Callable[[int], Mapping[str, str | int]] | None = _setting(_variables)
+
     @property
     def journal_dir(self) -> Path:
         return self.journal or self.data_dir / "journal"
@@ -121,7 +159,11 @@ class Settings:
                 values[name] = read(raw)
             except ValueError as exc:
                 raise ConfigurationError(f"{origin} {exc}, not {raw!r}") from None
-        return cls(**values)
+        settings = cls(**values)
+        if settings.worker_env is not None and settings.start_method == "fork":
+            why = "a fork of the main process has imported the application before it has a slot"
+            raise ConfigurationError(f"mpworker_worker_env and mpworker_start_method = fork exclude each other: {why}")
+        return settings
 
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
@@ -136,5 +178,7 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
+    import difflib  # only for who has made a mistake: each worker process imports this file
+
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

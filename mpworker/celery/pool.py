@@ -33,6 +33,7 @@ from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -110,6 +111,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         hostname = (self.options.get("initargs") or (None, ""))[1]
         try:
             settings = settings_of(app)
+            self._slot_env = slot_env_of(settings, self.limit)
         except ConfigurationError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
         self._settings = settings
@@ -118,7 +120,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             spec = child.describe_app(app)
         except PayloadError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
-        forked = settings.start_method == "fork"
+        start_method = start_method_of(settings)
+        forked = start_method == "fork"
         if forked:
             child.adopt(app)
         elif spec.place is None and (names := child.local_tasks(app)):
@@ -133,11 +136,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return handles.make(
             handles.PoolOptions(
                 size=self.limit,
-                start_method=settings.start_method,
+                start_method=start_method,
                 ready_timeout=settings.ready_timeout,
                 callback_limit=settings.callback_time_limit,
                 max_tasks=self.options.get("maxtasksperchild") or 0,
                 max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
+                warm=not self._slot_env,
                 label=f" ({hostname})" if hostname else "",
             ),
             preload=(child.load, (spec,)),
@@ -145,6 +149,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             finalizer=(child.finish, (0,)),
             soft_error=child.soft_limit_error,
             import_main=spec.in_main,
+            slot_env=self._slot_env,
         )
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -395,6 +400,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         for semaphore in (self._semaphore, self._slots):
             if semaphore is not None and change:
                 (semaphore.grow if change > 0 else semaphore.shrink)(abs(change))
+        warn_beyond(self._slot_env, size)
         self.handle.resize(size)
         self._loop.watch_writing()
 
@@ -409,7 +415,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "put-guarded-by-semaphore": self.putlocks,
                 "timeouts": list(self._timeouts),
                 "writes": "N/A",
-                "start-method": self._settings.start_method,
+                "start-method": self.handle.options.start_method,
                 "dispatcher": self.handle.pid,
                 "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
                 "unfinished": len(self._jobs),

@@ -1,4 +1,4 @@
-"""What a worker can and prefork cannot, on a real node: coroutines, progress."""
+"""What a worker can and prefork cannot, on a real node: coroutines, progress, slots."""
 
 from __future__ import annotations
 
@@ -167,3 +167,20 @@ def test_progress_never_comes_after_the_end_of_its_run(shop):
         assert states[-1] == "SUCCESS"
         assert [state for state in states if state != "PROGRESS"] == ["RETRY", "SUCCESS"]
         assert states.count("PROGRESS") <= 2
+
+
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_slot_has_its_variables_before_the_application_is_imported_also_when_the_pool_grows(tmp_path):
+    env = {"SHOP_DEVICE": "gpu{slot}", "SHOP_PORT": "80{slot:02d}"}
+    config = {"imports": ["shop.beyond"], "mpworker_worker_env": env, "worker_prefetch_multiplier": 1}
+    with running(tmp_path, "--autoscale=2,1", config=config) as (_, node, client):
+        results = [client.send_task("shop.beyond.device", (f"gate-{n}",)) for n in range(2)]
+        for n in range(2):
+            node.notes.wait("device", name=f"gate-{n}")
+        for n in range(2):
+            (node.folder / f"gate-{n}").touch()
+        found = sorted(result.get(timeout=PATIENCE) for result in results)
+        assert found == [[slot, f"gpu{slot}", f"gpu{slot}", f"800{slot}"] for slot in range(2)]
+        assert "start method forkserver: with mpworker_worker_env" in node.log()

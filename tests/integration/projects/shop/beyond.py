@@ -10,7 +10,10 @@ from pydantic import BaseModel
 
 import mpworker
 from shop.celery import app
+from shop.notes import note
 from shop.tasks import hold
+
+DEVICE = os.environ.get("SHOP_DEVICE")
 
 # -- coroutines --------------------------------------------------------------------------------------------------------
 
@@ -131,3 +134,13 @@ def tells_to_the_end(self):
         return "done"
     finally:
         threading.Timer(0.01, over.set).start()
+
+
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+@app.task
+def device(gate):
+    note("device", name=gate)
+    hold.run(gate)
+    return mpworker.current_slot(), DEVICE, os.environ.get("SHOP_DEVICE"), os.environ.get("SHOP_PORT")
