@@ -18,6 +18,7 @@ PREFIX = "mpworker_"
 ENV_PREFIX = "MPWORKER_"
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 FSYNC = ("off", "always")
+_MOST_KIB = 1 << 16
 #: Environment names that are ours without being settings of a node.
 _OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND", "MPWORKER_SLOT"}
 
@@ -53,6 +54,16 @@ def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not 0 < seconds < 1e9:
         raise ValueError("must be a number of seconds above 0")
     return seconds
+
+
+def _kib(value: Any) -> int:
+    try:
+        size = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else -1
+    except ValueError:
+        size = -1
+    if not 0 <= size <= _MOST_KIB:
+        raise ValueError(f"must be a whole number of KiB from 0 to {_MOST_KIB}")
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +138,9 @@ class Settings:
 
     #: environment variables of each worker process, by slot
     worker_env: Callable[[int], Mapping[str, str | int]] | None = _setting(_variables)
+
+    #: KiB of what a task prints and logs that are kept with its result record; 0: nothing is
+    task_log: int = _setting(_kib, 0)
 
     @property
     def journal_dir(self) -> Path:

@@ -26,7 +26,7 @@ from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from mpworker.celery import progress
+from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Journal, Place
@@ -252,6 +252,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             key=self.get_key_for_task(task_id).decode(),
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
+            log=task_log.tail_of(task_id) if finished else None,
         )
 
     def _ship(self, journal: Journal, place: Place, record: Record) -> None:

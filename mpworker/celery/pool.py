@@ -27,7 +27,7 @@ from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 
-from mpworker.celery import child, progress
+from mpworker.celery import child, progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import make_closable
 from mpworker.celery.hooks import ParentHooks
@@ -57,12 +57,14 @@ _TAKE_BACK_TIMEOUT = 1.0
 class Job:
     """One message in the pool: what Celery wants to hear about it."""
 
-    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "name", "pid", "pool", "task_id", "terminated")
+    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "log", "name", "pid", "pool", "task_id", "terminated")
 
     def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
         self.id = pool.handle.next_id()
         self.pid = 0
+        #: what it had said when it ended
+        self.log = b""
         self.terminated = self._echo = 0
 
     def abandon(self) -> None:
@@ -99,6 +101,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._semaphore = self.options.get("semaphore")
         self._timeouts = self.options.get("soft_timeout") or 0.0, self.options.get("timeout") or 0.0
         self._jobs: dict[int, Job] = {}
+        self._ending: Job | None = None
         self._events: deque[Frame] = deque()
         self._pumping = threading.RLock()
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
@@ -142,6 +145,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 max_tasks=self.options.get("maxtasksperchild") or 0,
                 max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
                 warm=not self._slot_env,
+                task_log=settings.task_log << 10,
                 label=f" ({hostname})" if hostname else "",
             ),
             preload=(child.load, (spec,)),
@@ -163,6 +167,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         child.keep_logs_whole()
         make_closable(self.app)
         self._hooks.connect()
+        if self._settings.task_log:
+            task_log.source = self._log_of
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
@@ -335,12 +341,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
             progress.send_event(job.callbacks.get("accept_callback"), frame)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
+            job.log = b"" if succeeded else task_log.attached(value)
             self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
     def _on_verdict(self, job: Job, frame: Frame) -> None:
         state, facts = handles.verdict_of(frame)
+        job.log = frame.extra
         if state is JobState.TIMED_OUT:
             # timeout_callback does all of it; calling error_callback too would do it twice.
             self._end(job, "timeout_callback", soft=False, timeout=facts["limit"])
@@ -365,6 +373,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _end(self, job: Job, which: str, *args: Any, **kwargs: Any) -> None:
         """The one terminal callback of a job, then its slot is free."""
         self._jobs.pop(job.id, None)
+        self._ending = job
         try:
             self._call(job, which, *args, **kwargs)
         finally:
@@ -377,6 +386,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
         function = job.callbacks.get(which)
         if function is not None:
             function(*args, **kwargs)
+
+    def _log_of(self, task_id: str) -> bytes:
+        for job in (self._ending, *list(self._jobs.values())):
+            if job is not None and job.task_id == task_id:
+                return job.log or self.handle.log_of(job.id)
+        return b""
 
     # -- size ----------------------------------------------------------------------------------------------------
 

@@ -390,7 +390,7 @@ class Worker:
         """
         if self.current is None:
             return
-        with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
+        with self.uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.announce()
             self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
 
@@ -412,7 +412,7 @@ class Worker:
             self._tell(current, word)
 
     def _tell(self, current: Current, word: tuple[float, float, str]) -> None:
-        with self._uninterrupted():
+        with self.uninterrupted():
             self.announce()
             if self.send_now(_progress(current.job, word), 0.0) and current.untold is word:
                 current.untold = None
@@ -421,8 +421,8 @@ class Worker:
                 self.on_progress(current.job, done, total, message[:_PROGRESS_TEXT])
 
     @contextlib.contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
-        """The soft limit must not cut a frame in two; it follows at once."""
+    def uninterrupted(self) -> Iterator[None]:
+        """The soft limit must not cut in two what is done here, such as a frame; it follows at once."""
         if threading.current_thread() is not threading.main_thread():  # where signals do not come
             yield
             return

@@ -1,4 +1,4 @@
-"""What a worker can and prefork cannot, on a real node: coroutines, progress, slots."""
+"""What a worker can and prefork cannot, on a real node: coroutines, progress, slots, the log of a task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import pytest
 from celery.exceptions import TimeLimitExceeded
 from integration.node import PATIENCE, eventually, running
 
+from mpworker.results.journal import Journal
+from mpworker.results.reader import read_entries
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    config = {"imports": ["shop.beyond"]}
+    config = {"imports": ["shop.beyond"], "mpworker_task_log": 2}
     with running(tmp_path_factory.mktemp("shop"), "-c", "1", "-E", config=config) as (server, node, client):
         yield server, node, client
 
@@ -169,12 +172,76 @@ def test_progress_never_comes_after_the_end_of_its_run(shop):
         assert states.count("PROGRESS") <= 2
 
 
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def record_of(node, result, status=None):
+    def newest():
+        found = [record for record in records(node) if record.task_id == result.id]
+        return [record for record in found if record.status == (status or result.state)]
+
+    return eventually(newest)[-1]
+
+
+def records(node):
+    return [entry.record for entry in read_entries(Journal.files(node.journal))]
+
+
+def log_of(node, result, status=None):
+    return record_of(node, result, status).log
+
+
+def check_said(log, what):
+    lines = log.splitlines()
+    assert lines[:3] == [f"printed {what}", f"written {what}", f"lines {what}"]
+    assert lines[3].endswith(f"WARNING/shop.beyond] logged {what}")
+    assert lines[4].endswith(f"DEBUG/quiet] quietly {what}")
+    assert lines[5].endswith("ERROR/quiet] caught")
+    assert lines[6] == "Traceback (most recent call last):"
+    assert lines[-1] == f"KeyError: '{what}'"
+
+
+@pytest.mark.parametrize("end", ["", "fail", "leave", "exit", "kill", "limit", "revoke"])
+def test_what_a_task_said_is_in_its_record_however_it_ended(shop, end):
+    _, node, client = shop
+    what = f"é{end}"
+    limit = {"time_limit": 0.5} if end == "limit" else {}
+    result = send(shop, "says", what, "sleep" if end in ("limit", "revoke") else end, **limit)
+    if end == "revoke":
+        node.notes.wait("says", name=what)
+        client.control.revoke(result.id, terminate=True)
+    eventually(lambda: result.state in ("SUCCESS", "FAILURE", "REVOKED"))
+    check_said(log_of(node, result), what)
+    assert result.state == {"": "SUCCESS", "revoke": "REVOKED"}.get(end, "FAILURE")
+    silent = send(shop, "add_later", 1, 1)
+    silent.get(timeout=PATIENCE)
+    assert log_of(node, silent) is None
+
+
+def test_each_run_has_its_own(shop):
+    _, node, _ = shop
+    result = send(shop, "says", "twice", "retry")
+    assert result.get(timeout=PATIENCE) == "said"
+    check_said(log_of(node, result, "RETRY"), "twice")
+    check_said(log_of(node, result, "SUCCESS"), "twice")
+
+
+def test_only_the_last_of_it_is_kept(shop):
+    _, node, _ = shop
+    result = send(shop, "says_much", "é" * 50, 1000)
+    result.get(timeout=PATIENCE)
+    log = log_of(node, result)
+    assert 2000 < len(log.encode()) <= 2048
+    assert log.endswith("".join(f"{n} {'é' * 50}\n" for n in range(985, 1000)))
+
+
 # -- slots -------------------------------------------------------------------------------------------------------------
 
 
 def test_each_slot_has_its_variables_before_the_application_is_imported_also_when_the_pool_grows(tmp_path):
     env = {"SHOP_DEVICE": "gpu{slot}", "SHOP_PORT": "80{slot:02d}"}
     config = {"imports": ["shop.beyond"], "mpworker_worker_env": env, "worker_prefetch_multiplier": 1}
+    config |= {"worker_redirect_stdouts": False, "mpworker_task_log": 1}
     with running(tmp_path, "--autoscale=2,1", config=config) as (_, node, client):
         results = [client.send_task("shop.beyond.device", (f"gate-{n}",)) for n in range(2)]
         for n in range(2):
@@ -184,3 +251,10 @@ def test_each_slot_has_its_variables_before_the_application_is_imported_also_whe
         found = sorted(result.get(timeout=PATIENCE) for result in results)
         assert found == [[slot, f"gpu{slot}", f"gpu{slot}", f"800{slot}"] for slot in range(2)]
         assert "start method forkserver: with mpworker_worker_env" in node.log()
+        said = client.send_task("shop.beyond.says", ("this",))
+        assert said.get(timeout=PATIENCE) == "said"
+        check_said(log_of(node, said), "this")
+        assert "\nprinted this\n" in node.log()
+        raw = client.send_task("shop.beyond.says_much", ("", 1))
+        raw.get(timeout=PATIENCE)
+        assert log_of(node, raw).endswith("bytes \ufffd\n0 \n")

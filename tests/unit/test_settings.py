@@ -40,6 +40,11 @@ def test_the_environment_wins_and_an_empty_variable_counts_as_unset() -> None:
     assert load({"MPWORKER_READY_TIMEOUT": "2.5"}).ready_timeout == 2.5
 
 
+def test_a_size_is_a_whole_number() -> None:
+    assert (load().task_log, load(mpworker_task_log=64).task_log, load(mpworker_task_log=0).task_log) == (0, 64, 0)
+    assert load({"MPWORKER_TASK_LOG": "16"}, mpworker_task_log=64).task_log == 16
+
+
 def test_other_keys_are_not_looked_at() -> None:
     assert load({"PATH": "x"}, broker_url="redis://", task_time_limit=3) == load()
 
@@ -89,6 +94,11 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
         ("ready_timeout", True),
         ("callback_time_limit", -1),
         ("callback_time_limit", [1]),
+        ("task_log", -1),
+        ("task_log", "much"),
+        ("task_log", 1.5),
+        ("task_log", True),
+        ("task_log", 1 << 20),
         ("worker_env", "CUDA_VISIBLE_DEVICES={slot}"),
         ("worker_env", '["A"]'),
         ("worker_env", ["A"]),

@@ -1,11 +1,15 @@
 """Tasks of kinds that a project under prefork cannot have."""
 
 import asyncio
+import logging
 import os
+import signal
+import sys
 import threading
 
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.log import get_task_logger
 from pydantic import BaseModel
 
 import mpworker
@@ -144,3 +148,50 @@ def device(gate):
     note("device", name=gate)
     hold.run(gate)
     return mpworker.current_slot(), DEVICE, os.environ.get("SHOP_DEVICE"), os.environ.get("SHOP_PORT")
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+quiet = logging.getLogger("quiet")
+quiet.propagate = False
+quiet.setLevel(logging.DEBUG)
+
+
+def say(what):
+    print(f"printed {what}")
+    sys.stderr.write(f"written {what}\n")
+    sys.stderr.writelines([f"lines {what}\n"])
+    get_task_logger(__name__).warning("logged %s", what)
+    quiet.debug("quietly %s", what)
+    try:
+        raise KeyError(what)
+    except KeyError:
+        quiet.exception("caught")
+
+
+@app.task(bind=True, max_retries=1)
+def says(self, what, end=""):
+    say(what)
+    if end == "fail":
+        raise ValueError(what)
+    if end == "retry" and not self.request.retries:
+        raise self.retry(countdown=0)
+    if end == "leave":
+        sys.exit(3)
+    if end == "exit":
+        os._exit(3)
+    if end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "sleep":
+        note("says", name=what)
+        signal.pause()
+    return "said"
+
+
+@app.task
+def says_much(text, times):
+    quiet.error("with %d", "no number")
+    if hasattr(sys.stdout, "buffer"):  # Celery redirects to something that has none
+        sys.stdout.buffer.write(b"bytes \xff\n")
+    for n in range(times):
+        print(f"{n} {text}")
