@@ -235,6 +235,30 @@ def test_only_the_last_of_it_is_kept(shop):
     assert log.endswith("".join(f"{n} {'é' * 50}\n" for n in range(985, 1000)))
 
 
+# -- processes of a task -----------------------------------------------------------------------------------------------
+
+
+def test_a_task_may_use_processes(shop):
+    assert result_of(shop, "uses_processes") == [7, [1, 2], 8, "done\n"]
+
+
+def test_all_of_them_die_with_the_task(shop):
+    _, node, _ = shop
+    result_of(shop, "add_later", 1, 1)
+    before = len(node.processes())
+    for limit in (2.5, 8.0, 20.0):  # a machine may be too busy for all of them to start
+        with pytest.raises(TimeLimitExceeded):
+            result_of(shop, "family", f"within {limit:g} s", time_limit=limit)
+        members = node.notes.read("member", name=f"within {limit:g} s")
+        if len(members) == 4:
+            break
+    assert {member["of"] for member in members} == {"process", "pool", "inner", "shell"}
+    result_of(shop, "add_later", 1, 1)  # the next worker is there
+    eventually(lambda: len(node.processes()) == before, what="none left, neither theirs nor those of their pools")
+    pids = {member["pid"] for member in members} | {member.get("shell") for member in members}
+    assert not pids & node.processes().keys()
+
+
 # -- slots -------------------------------------------------------------------------------------------------------------
 
 

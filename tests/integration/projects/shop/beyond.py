@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 from celery import shared_task
 from celery.exceptions import SoftTimeLimitExceeded
@@ -195,3 +198,36 @@ def says_much(text, times):
         sys.stdout.buffer.write(b"bytes \xff\n")
     for n in range(times):
         print(f"{n} {text}")
+
+
+# -- processes of a task -----------------------------------------------------------------------------------------------
+
+
+def stay(name, kind):
+    note("member", name=name, of=kind)
+    time.sleep(600)
+
+
+@app.task
+def uses_processes():
+    process = multiprocessing.Process(target=sys.exit, args=(7,))
+    process.start()
+    process.join()
+    with multiprocessing.Pool(2) as pool:
+        mapped = pool.map(abs, [-1, -2])
+    with mpworker.ProcessPool(1) as pool:
+        submitted = pool.submit(pow, 2, 3).result()
+    output = subprocess.run(["echo", "done"], capture_output=True, text=True, check=True).stdout
+    return process.exitcode, mapped, submitted, output
+
+
+@app.task
+def family(name):
+    multiprocessing.Process(target=stay, args=(name, "process")).start()
+    pool = multiprocessing.Pool(1)
+    pool.apply_async(stay, (name, "pool"))
+    inner = mpworker.ProcessPool(1)
+    inner.submit(stay, name, "inner")
+    shell = subprocess.Popen(["sh", "-c", "sleep 600 & wait"])
+    note("member", name=name, of="shell", shell=shell.pid)
+    time.sleep(60)
