@@ -69,3 +69,7 @@ mpworker_ready_timeout = 120
 mpworker_max_deaths = 3
 # Seconds that messages may wait beside free slots before this node's consumer is restarted, then the node ended.
 mpworker_stall_timeout = 60
+# KiB of what a task printed and logged that are kept with its record in the journal.
+# mpworker_task_log = 64
+# Environment variables of each worker process, set before it imports the application.
+# mpworker_worker_env = {"CUDA_VISIBLE_DEVICES": "{slot}"}

@@ -585,7 +585,7 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
             gc.set_threshold(_GC_THRESHOLD)
             options = json.loads(boot.extra)
             set_title(f"mpworker: dispatcher{options['label']}")
-            fleet.heirlooms = options["heirlooms"]
+            fleet.heirlooms, fleet.task_log = options["heirlooms"], options["task_log"]
             if can_adopt and fleet.template is None and options["start_method"] != "spawn":
                 fleet.fork_template(line)
             Dispatcher(line, boot, fleet, can_adopt).run()

@@ -210,6 +210,8 @@ class Fleet:
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
         #: descriptors that every child inherits
         self.heirlooms: list[int] = []
+        #: bytes of what a job says that each worker's page keeps
+        self.task_log = 0
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -275,7 +277,7 @@ class Fleet:
         """
         self._oom.forget(time.monotonic())  # a strike of long ago is not what ends a worker next
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            their_page = create()
+            their_page = create(self.task_log)
             theirs.callback(os.close, their_page)
             page = Page(os.dup(their_page), worker=worker)
             ours.callback(page.close)

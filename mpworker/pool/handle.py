@@ -90,6 +90,8 @@ class PoolOptions:
     memory_limit: int = 0
     #: a successor is started before its predecessor has gone
     warm: bool = True
+    #: of what a job says, kept in memory that outlives its process
+    task_log: int = 0
     label: str = ""
 
     def to_json(self, heirlooms: Iterable[int] = ()) -> bytes:
@@ -346,7 +348,8 @@ class Handle:
         Args:
             starts: each DONE comes after a STARTED. Else that is left out where both are known at the same time.
 
-        That is STARTED, SOFT, PROGRESS, CUT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
+        That is STARTED, SOFT, PROGRESS, CUT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN. What a job had said
+        is the ``extra`` of its ENDED.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
@@ -380,7 +383,7 @@ class Handle:
                     if self._note(frame):
                         if start is not None:
                             yield start
-                        yield frame
+                        yield self._with_log(frame)
                 if fault is not None:
                     raise fault
             except _SENSELESS as exc:
@@ -483,6 +486,7 @@ class Handle:
         code = self._process.wait()
         if not self.finished:
             yield from self._read_pages()
+            yield from self._bury_started()
         for page in self._pages.values():
             page.close()
         self._pages.clear()
@@ -491,7 +495,6 @@ class Handle:
         if self.finished:
             self._let_go()
             return
-        yield from self._bury_started()
         self._flushed = self._flush_asked
         self._restarts += 1
         if self._restarts > (_MAX_KILLS if code == -signal.SIGKILL else _MAX_RESTARTS):
@@ -571,7 +574,20 @@ class Handle:
                 body = pack_verdict(JobState.LOST, pid=sent.pid, runtime=runtime, **facts)
                 if sent.hooks:
                     self._hooked[job] = sent.hooks, Outcome.VERDICT, body
-                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=body)
+                yield self._with_log(Frame(Kind.ENDED, job, Outcome.VERDICT, body=body))
+
+    def log_of(self, job: int) -> bytes:
+        """What a job has said that runs, or whose process has just ended; nothing without ``task_log``."""
+        for page in list(self._pages.values()):
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                if page.tail is not None and (said := page.tail.read(job)):
+                    return said
+        return b""
+
+    def _with_log(self, frame: Frame) -> Frame:
+        if frame.kind is Kind.ENDED and self.options.task_log:
+            return frame._replace(extra=self.log_of(frame.job))
+        return frame
 
     def wait(self, timeout: float) -> bool:
         """Blocks until :meth:`drain` may have something, or :meth:`flush` may go on; for callers without a loop.

@@ -39,7 +39,7 @@ from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_call, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
-#: Seconds between two words on a job's progress, and what a word may hold.
+#: Seconds between two words on a job's progress, if nobody says otherwise, and what a word may hold.
 _PROGRESS_PAUSE = 0.1
 _PROGRESS_TEXT = 200
 #: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
@@ -121,6 +121,10 @@ class Worker:
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
+        #: seconds between two words on a job's progress
+        self.progress_pause = _PROGRESS_PAUSE
+        #: hears each of those words as well: job, done, total, message; in any thread
+        self.on_progress: Callable[[int, float, float, str], None] | None = None
         #: this is a fork of the worker, which a task has made
         self.forked = False
         self._soft_error: Any = None
@@ -398,7 +402,7 @@ class Worker:
         """
         if self.current is None:
             return
-        with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
+        with self.uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.announce()
             if type(body) is Bulk:
                 self._send_bulk(Frame(Kind.CALL, self.current.job, flag, 0.0, 0.0, hooks, body))
@@ -416,15 +420,27 @@ class Worker:
         current.untold = word
         if (now := monotonic()) < current.tell_at:
             return
-        current.tell_at = now + _PROGRESS_PAUSE
-        with self._uninterrupted():
+        current.tell_at = now + self.progress_pause
+        self._tell(current, word)
+
+    def tell_untold(self) -> None:
+        """Passes on, in any thread, what the job has told last, if that has not left yet."""
+        if (current := self.current) is not None and (word := current.untold) is not None:
+            current.tell_at = monotonic() + self.progress_pause
+            self._tell(current, word)
+
+    def _tell(self, current: Current, word: tuple[float, float, str]) -> None:
+        with self.uninterrupted():
             self.announce()
             if self.send_now(_progress(current.job, word), 0.0) and current.untold is word:
                 current.untold = None
+            if self.on_progress is not None:
+                done, total, message = word
+                self.on_progress(current.job, done, total, message[:_PROGRESS_TEXT])
 
     @contextlib.contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
-        """The soft limit must not cut a frame in two; it follows at once."""
+    def uninterrupted(self) -> Iterator[None]:
+        """The soft limit must not cut in two what is done here, such as a frame; it follows at once."""
         if threading.current_thread() is not threading.main_thread():  # where signals do not come
             yield
             return

@@ -114,6 +114,8 @@ class Record:
     payload: str | bytes | None = None
     #: seconds that Redis keeps it, counted from :attr:`timestamp`; ``None``: for ever
     expires: int | None = None
+    #: the last of what the task printed and logged; ``None`` where that is not kept, or nothing
+    log: str | None = None
     #: Redis has the result, or needs it no more
     shipped: bool = False
     #: Redis held a SUCCESS of this task already, so this record was not written there and counts for nothing
@@ -141,6 +143,8 @@ class Record:
         after["expires"] = self.expires
         if self.dead:
             after["dead"] = True
+        if self.log is not None:
+            after["log"] = self.log
         body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
         return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
 

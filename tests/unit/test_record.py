@@ -65,6 +65,15 @@ def test_a_line_is_plain_json_with_the_documented_fields() -> None:
     assert datetime.fromisoformat(data["timestamp"]).tzinfo == UTC
 
 
+def test_a_log_is_a_field_only_where_there_is_one() -> None:
+    record = Record(task_id="a", status="FAILURE", log='said "é"\n')
+    line = record.to_line()
+    assert list(json.loads(line))[-1] == "log"
+    assert Record.from_line(line) == record
+    assert record["log"] == record.log == 'said "é"\n'
+    assert Record.from_line(Record(task_id="a", status="FAILURE").to_line()).log is None
+
+
 class _Unprintable:
     def __repr__(self) -> str:
         raise RuntimeError("no")
