@@ -38,6 +38,7 @@ from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
 from mpworker.celery.soft import SoftShutdown
+from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -110,6 +111,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
+        self._wakeup = SignalWakeup()
         self._hooks = ParentHooks(self.handle)
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
@@ -183,6 +185,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             raise SystemExit(EX_BROKEN)
         if self._threads:
             threading.Thread(target=self._supervise, name="mpworker-results", daemon=True).start()
+        hasten_exit()
 
     def did_start_ok(self) -> bool:
         return self.handle.ready or not self.limit
@@ -242,6 +245,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._soft.disconnect()
         self._outage.disconnect()
         self._loop.disconnect()
+        self._wakeup.disconnect()
 
     def flush(self) -> None:
         """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""
@@ -312,6 +316,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at the start and after each reconnect of the broker."""
         self._loop.connect(hub)
+        self._wakeup.connect(hub)
         self._failures.send_errbacks()
 
     def _supervise(self) -> None:
