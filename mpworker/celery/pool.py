@@ -41,6 +41,7 @@ from mpworker.celery.poison import Deaths
 from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
+from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
@@ -116,6 +117,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
+        self._wakeup = SignalWakeup()
         self._hooks = ParentHooks(self.handle)
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
@@ -199,6 +201,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             raise SystemExit(EX_BROKEN)
         if self._threads:
             threading.Thread(target=self._supervise, name="mpworker-results", daemon=True).start()
+        hasten_exit()
 
     def did_start_ok(self) -> bool:
         return self.handle.ready or not self.limit
@@ -258,6 +261,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._soft.disconnect()
         self._outage.disconnect()
         self._loop.disconnect()
+        self._wakeup.disconnect()
 
     def flush(self) -> None:
         """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""
@@ -328,6 +332,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at the start and after each reconnect of the broker."""
         self._loop.connect(hub)
+        self._wakeup.connect(hub)
         self._failures.send_errbacks()
 
     def _supervise(self) -> None:

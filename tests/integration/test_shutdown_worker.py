@@ -68,7 +68,7 @@ def test_warm_shutdown_finishes_what_runs_and_returns_the_rest(server, client, n
 def test_an_idle_node_ends_promptly_and_each_process_says_good_bye(node_of):
     node = node_of("-c", "2")
     pids = set(node.pids("mpworker: worker"))
-    assert node.stop(timeout=10.0) == 0
+    assert node.stop(timeout=2.0) == 0
     gone = node.notes.read("process_shutdown")
     assert {note["pid"] for note in gone} == pids  # and no process was started only to leave
     assert {note["exitcode"] for note in gone} == {0}
