@@ -112,6 +112,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._timeouts = self.options.get("soft_timeout") or 0.0, self.options.get("timeout") or 0.0
         self._jobs: dict[int, Job] = {}
         self._ending: Job | None = None
+        #: jobs that it has been given since it was made
+        self.taken = 0
         self._events: deque[Frame] = deque()
         self._pumping = threading.RLock()
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
@@ -305,6 +307,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         name, task_id = (str(args[0]), str(args[1])) if len(args) == 6 else ("", "")
         job = Job(self, callbacks, name, task_id)
         self._jobs[job.id] = job
+        self.taken += 1
         self._hooks.begins(task_id)
         try:
             body = pack_call(child.run, (target, *_sendable(args)), {}) if task_id else pack_call(target, args, kwargs)

@@ -14,6 +14,8 @@ from celery.app.utils import find_app
 from celery.utils.imports import cwd_in_path
 from kombu.compression import encoders as _known_encoders
 
+from mpworker import embedded
+from mpworker.celery.app import settings_of, uses_embedded
 from mpworker.celery.deadletters import DeadLetter, Letters, local_letters, shared_letters
 from mpworker.errors import ConfigurationError, RequeueError
 from mpworker.results.record import describe
@@ -45,11 +47,14 @@ class DeadLetters:
     """All letters that can be seen from here: those of every node in Redis, those of this machine's node in files.
 
     Raises:
-        ConfigurationError: an ``mpworker_`` setting is wrong, or the result backend cannot be used.
+        ConfigurationError: an ``mpworker_`` setting is wrong, the result backend cannot be used, or the bundled server
+            does not start.
     """
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        if uses_embedded(app):  # it need not run yet, and ends with this process if nobody else uses it
+            embedded.acquire(settings_of(app).data_dir)
         try:
             self._shared = shared_letters(app, _PATIENCE)
         except ConfigurationError:

@@ -73,8 +73,9 @@ class Watch:
         """
         suspended = now - self._last > self._timeout  # who was not here cannot say what has happened meanwhile
         self._last = now
-        if delivered != self._delivered:
-            self._delivered, self._strikes, ready = delivered, 0, False
+        if delivered != self._delivered:  # fewer: a lost connection has taken some back
+            self._strikes = 0 if delivered > self._delivered else self._strikes
+            self._delivered, ready = delivered, False
         if not ready or not waits():
             self._since = None
         elif self._since is None or suspended:
@@ -98,7 +99,7 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(c, **kwargs)
         self._timeout = settings_of(c.app).stall_timeout
         self.enabled = self._timeout > 0
-        self._delivered = self._looks = self._stalls = self._starts = 0
+        self._discarded = self._looks = self._stalls = self._starts = 0
         self._connection: Any = None
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -115,8 +116,8 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
         # Of a worker inside somebody's program only the consumer may be ended.
         self._may_exit = threading.current_thread() is threading.main_thread()
         if self._thread is None and c.connection.transport.driver_type in _COUNTABLE:
-            for signal in (signals.task_received, signals.task_unknown, signals.task_rejected, signals.task_revoked):
-                signal.connect(self._on_delivery, weak=True)
+            for signal in (signals.task_unknown, signals.task_rejected, signals.task_revoked):
+                signal.connect(self._on_discarded, weak=True)
             self._thread = threading.Thread(target=self._watch, args=(c,), name="mpworker-stalls", daemon=True)
             self._thread.start()
 
@@ -124,8 +125,12 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
         if c.blueprint.state != bootsteps.RUN:
             self._ending.set()
 
-    def _on_delivery(self, **_: Any) -> None:
-        self._delivered += 1
+    def _on_discarded(self, **_: Any) -> None:
+        self._discarded += 1
+
+    def _delivered(self, c: Any) -> int:
+        """A number that each delivery raises: a message goes to the pool, waits for its time, or is discarded."""
+        return int(c.pool.taken) + held_back(c) + self._discarded
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -133,7 +138,7 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
         watch = Watch(self._timeout)
         while not self._ending.wait(min(self._timeout / _LOOKS, _SELDOM)):
             verdict = watch.look(
-                time.monotonic(), ready=may_take(c), delivered=self._delivered, waits=lambda: self._messages_wait(c)
+                time.monotonic(), ready=may_take(c), delivered=self._delivered(c), waits=lambda: self._messages_wait(c)
             )
             self._looks += 1
             if verdict is Verdict.FINE:
@@ -176,11 +181,11 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
             logger.error("%s, when the tasks that are to be acknowledged late have ended", told)
         else:
             logger.error("%s", told)
-        before = self._delivered, self._starts
+        before = self._delivered(c), self._starts
         while late_tasks_run():
-            if self._ending.wait(min(self._timeout / _LOOKS, 1.0)) or before != (self._delivered, self._starts):
+            if self._ending.wait(min(self._timeout / _LOOKS, 1.0)) or before != (self._delivered(c), self._starts):
                 return
-        self._break_connection(c, lambda: before != (self._delivered, self._starts) or c.connection is None)
+        self._break_connection(c, lambda: before != (self._delivered(c), self._starts) or c.connection is None)
 
     def _give_up(self, c: Any) -> None:
         """Second strike: a warm shutdown, which lets running tasks end; if the node is deaf to that too, its end."""
@@ -218,9 +223,13 @@ def may_take(c: Any) -> bool:
     if not connected or stopping or c.blueprint.state != bootsteps.RUN or c.controller.blueprint.state != bootsteps.RUN:
         return False
     reserved = len(worker_state.reserved_requests)
+    return reserved < c.pool.num_processes and (not c.qos.value or reserved + held_back(c) < c.qos.value)
+
+
+def held_back(c: Any) -> int:
+    """How many messages wait in this node for their time or for their rate limit."""
     limited = sum(len(bucket.contents) for bucket in list(c.task_buckets.values()) if bucket)
-    taken = reserved + len(worker_state.scheduled_requests) + limited
-    return reserved < c.pool.num_processes and (not c.qos.value or taken < c.qos.value)
+    return limited + len(worker_state.scheduled_requests)
 
 
 def raise_in_loop(c: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.node import PATIENCE, Node, Notes, Server, ask, client_of, eventually
+from integration.node import PATIENCE, ROOT, Node, Notes, Server, ask, client_of, eventually
 
 from mpworker.results.query import ResultStore
 
@@ -124,6 +125,15 @@ def test_a_task_that_always_exits_is_poison_too(shop: Shop) -> None:
     with pytest.raises(Exception, match="killed 3 workers"):
         result.get(timeout=PATIENCE)
     assert shop.runs("leaves") == 3
+
+
+def test_the_bundled_server_need_not_run(tmp_path: Path) -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MPWORKER_", "CELERY_"))}
+    env |= {"MPWORKER_DATA_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mpworker", "requeue", "unknown"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "Error: no dead message has the id unknown\n"
 
 
 def test_a_node_without_redis_counts_and_keeps_alone(tmp_path: Path) -> None:

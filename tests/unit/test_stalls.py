@@ -63,6 +63,14 @@ def test_only_a_delivery_forgives_the_first_strike() -> None:
     assert [station.look() for _ in range(5)][-1] is RESTART
 
 
+def test_what_a_lost_connection_takes_back_is_no_delivery() -> None:
+    station = Station()
+    station.delivered = 50
+    assert [station.look() for _ in range(6)][-1] is RESTART
+    assert station.look(delivered=-3) is FINE
+    assert [station.look() for _ in range(5)] == [FINE] * 4 + [GIVE_UP]
+
+
 def test_the_broker_is_asked_only_where_its_answer_matters() -> None:
     station = Station()
     for _ in range(5):
