@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery import Celery
+from celery.app import trace
 from celery.app.task import Context
 
 from mpworker.pool import worker as pool_worker
@@ -83,12 +84,16 @@ def _on_progress(job: int, done: float, total: float, message: str) -> None:
     mine = threading.current_thread() is threading.main_thread()
     if mine and task.request.id == run.task_id:
         run.request = task.request  # it knows the arguments too
-    ignored = run.request.get("ignore_result")
-    kept = not (task.ignore_result if ignored is None else ignored)
+    kept = not _ignores_result(task, _context(run))
     meta = {"done": done, "total": total, "message": message.encode(errors="replace").decode()}
     if kept and mine and not hasattr(task.backend, "store_progress"):
         task.backend.store_result(run.task_id, meta, STATE, request=_context(run))
     _teller.tell(run, meta if kept else None)
+
+
+def _ignores_result(task: Any, request: Context) -> bool:
+    actual = getattr(trace, "get_actual_ignore_result", None)  # before 5.6 Celery did not ask the request
+    return bool(task.ignore_result if actual is None else actual(task, request))
 
 
 def _context(run: _Run) -> Context:

@@ -54,8 +54,10 @@ def listen_in_worker() -> None:
 def follow(task_id: str | None = None) -> None:
     """Says which task this process runs now; ``None``: none, so that nothing is kept."""
     global _task_id
+    if source is not _own:
+        return
     worker = pool_worker.this_worker
-    if task_id is not None and source is _own and worker is not None and worker.current is not None:
+    if task_id is not None and worker is not None and worker.current is not None:
         assert worker.page.tail is not None
         worker.page.tail.begin(worker.current.job)
         _task_id = task_id

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from contextlib import suppress
 
@@ -201,15 +203,18 @@ def check_said(log, what):
     assert lines[-1] == f"KeyError: '{what}'"
 
 
-@pytest.mark.parametrize("end", ["", "fail", "leave", "exit", "kill", "limit", "revoke"])
+@pytest.mark.parametrize("end", ["", "fail", "leave", "exit", "kill", "limit", "revoke", "orphan"])
 def test_what_a_task_said_is_in_its_record_however_it_ended(shop, end):
     _, node, client = shop
     what = f"é{end}"
     limit = {"time_limit": 0.5} if end == "limit" else {}
-    result = send(shop, "says", what, "sleep" if end in ("limit", "revoke") else end, **limit)
-    if end == "revoke":
+    result = send(shop, "says", what, "sleep" if end in ("limit", "revoke", "orphan") else end, **limit)
+    if end in ("revoke", "orphan"):
         node.notes.wait("says", name=what)
+    if end == "revoke":
         client.control.revoke(result.id, terminate=True)
+    if end == "orphan":
+        os.kill(node.pids("mpworker: dispatcher")[0], signal.SIGKILL)
     eventually(lambda: result.state in ("SUCCESS", "FAILURE", "REVOKED"))
     check_said(log_of(node, result), what)
     assert result.state == {"": "SUCCESS", "revoke": "REVOKED"}.get(end, "FAILURE")
