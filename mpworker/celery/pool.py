@@ -60,6 +60,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: More slots than anybody could wait for.
+_ENOUGH = 1 << 30
 #: New in Celery 5.6.
 _MAY_CANCEL_QUIETLY = "emit_retry" in inspect.signature(Request.cancel).parameters
 
@@ -117,6 +119,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._events: deque[Frame] = deque()
         self._pumping = threading.RLock()
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
+        self._stops = False
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._wakeup = SignalWakeup()
@@ -210,6 +213,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def on_stop(self) -> None:
         """Warm: lets started jobs finish, hears their results, sends their acks. May be entered again by a signal."""
+        self._stops = True
+        if self._slots is not None:
+            self._slots.grow(_ENOUGH)  # nobody waits for one any more
         self.flush()
         patience = time.monotonic() + TERMINATE_GRACE + 2.0
         while self._jobs and self.handle.fileno() >= 0:
@@ -306,6 +312,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._slots.acquire()
         name, task_id = (str(args[0]), str(args[1])) if len(args) == 6 else ("", "")
         job = Job(self, callbacks, name, task_id)
+        if self._stops:
+            return job  # its message will be the broker's again
         self._jobs[job.id] = job
         self.taken += 1
         self._hooks.begins(task_id)

@@ -65,7 +65,7 @@ def test_after_a_success_with_the_result(shop, value, type_name):
 
 def test_with_a_result_that_is_never_stored(shop):
     _, node, _ = shop
-    send(shop, "receipt", 4711)
+    send(shop, "receipt", 4711, ignore_result=True)
     (note,) = node.notes.wait("callback", of=4711)
     assert note["type"] == "Receipt"
 
