@@ -110,13 +110,13 @@ class Deaths:
 
     def _at_redis(self, ask: Callable[[RedisLetters], Any]) -> Any:
         """What Redis answers; ``None``: there is none, or it does not answer in time."""
-        if not self._looked:
-            self._looked, self._place = True, shared_letters(self._app, _PATIENCE)
-        if self._place is None or time.monotonic() < self._left_alone_until:
+        if time.monotonic() < self._left_alone_until:
             return None
         try:
-            return ask(self._place)
-        except Exception as exc:  # whatever that server or its client may raise: the node goes on by itself
+            if not self._looked:
+                self._place, self._looked = shared_letters(self._app, _PATIENCE), True
+            return None if self._place is None else ask(self._place)
+        except Exception as exc:  # whatever that backend may raise: the node goes on by itself
             self._left_alone_until = time.monotonic() + _PAUSE
             logger.warning(
                 "this node counts the deaths of tasks alone for a while, because of Redis: %s", describe(exc)
