@@ -94,8 +94,9 @@ def most_items(count: int, workers: int) -> int:
 
 
 def pack_chunk(code: bytes, shape: int, items: Sequence[Any]) -> bytes:
-    """The call that runs these items."""
-    return pack_call(run_chunk, (code, int(shape), items), {})
+    """The call that runs these items. Several are in no descriptor, which may be closed when they are divided."""
+    arguments = (code, int(shape), items)
+    return pack_call(run_chunk, arguments, {}) if len(items) == 1 else pack((run_chunk, arguments, {}), "a chunk")
 
 
 def _shaped(items: Sequence[Any], what: str, shape: Shape) -> Iterator[tuple[Shape, Sequence[Any]]]:
@@ -226,7 +227,7 @@ class Run:
 
     def word(self, job: int) -> bytes:
         """The CUT frame. What is in it was packed before, or is plain: no code of the user's runs here."""
-        return encode(Kind.CUT, job, body=pack_outcome(self.report())[1])
+        return encode(Kind.CUT, job, body=pack_outcome(self.report(), within=True)[1])
 
     def _keep(self, value: Any) -> Entry:
         """A result as it can wait and travel with others."""
@@ -236,7 +237,7 @@ class Run:
         elif kind is tuple and _NUMBERS.issuperset(map(type, value)):
             return value
         else:
-            flag, body = pack_outcome(settle(value))
+            flag, body = pack_outcome(settle(value), within=True)
             if flag == Outcome.ERROR:
                 self._fail(body)
                 return None

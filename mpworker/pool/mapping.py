@@ -19,6 +19,7 @@ from mpworker.pool.parcel import Outcome, open_call, open_outcome, unpack_error
 
 #: Seconds that the items of a chunk which is sent again shall take.
 _WORTH = 0.02
+_REPORTED = 6  # words of a report
 
 
 class Course:
@@ -122,7 +123,7 @@ class Chunk(TaskFuture[None]):
     def cut(self, body: bytes) -> None:
         """Its worker tells what it has done, and what it will not begin."""
         known, report = open_outcome(Outcome.VALUE, body)
-        if known and type(report) is tuple:
+        if known and len(report) == _REPORTED:
             with self.course.changed:
                 self._learn(report)
                 self.course.changed.notify_all()

@@ -225,10 +225,14 @@ def unpack_error(body: bytes) -> BaseException:
     return exc
 
 
-def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
-    """Packs a task's result; one that cannot be pickled becomes the task's error."""
+def pack_outcome(value: Any, *, within: bool = False) -> tuple[Outcome, bytes]:
+    """Packs a task's result; one that cannot be pickled becomes the task's error.
+
+    Args:
+        within: it will travel in another parcel, and so in no descriptor of its own.
+    """
     try:
-        return _VALUE, _seal(value) if type(value) in _SMALL else _seal_body(value, value)
+        return _VALUE, _seal(value) if within or type(value) in _SMALL else _seal_body(value, value)
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc

@@ -632,3 +632,44 @@ def test_the_soft_limit_gets_into_a_coroutine() -> None:
         assert [next(results) for _ in range(30)] == list(range(30))
         with pytest.raises(SoftTimeLimitExceeded):
             next(results)
+
+
+# -- large values ----------------------------------------------------------------------------------------------------
+
+
+def inflate(here: Signpost, go: Signpost, size: int, at: int, number: int) -> list[Any]:
+    if number == at:
+        support.meet(here, go)
+    return [number, b"x" * size]
+
+
+@pytest.mark.parametrize("size", [200, 20_000, 200_000, 3_000_000])
+def test_large_values_travel_in_chunks_and_out_of_what_is_cut(size: int, pool: ProcessPool, tmp_path: Path) -> None:
+    values = [[number, bytearray(size)] for number in range(40)]
+    assert list(pool.map(support.give, values)) == values
+    texts = [b"%d" % number * size for number in range(40)]
+    assert list(pool.map(support.give, texts)) == texts
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    results = pool.map(partial(inflate, here, go, size, 3), range(40))
+    here.wait()
+    assert [next(results)[0] for _ in range(3)] == [0, 1, 2]
+    go.set()
+    assert [number for number, _ in results] == list(range(3, 40))
+
+
+def weigh(here: Signpost, go: Signpost, value: tuple[int, bytes]) -> int:
+    if value[0] == 3:
+        support.meet(here, go)
+    return value[0]
+
+
+@pytest.mark.parametrize("wrap", [tuple, list])
+def test_large_items_can_be_cut_off(wrap: Callable[[Any], Any], pool: ProcessPool, tmp_path: Path) -> None:
+    """Chunks of several of them, which are larger than what travels as a descriptor elsewhere."""
+    here, go = Signpost(tmp_path / "here"), Signpost(tmp_path / "go")
+    before = pool.stats()["done"]
+    results = pool.map(partial(weigh, here, go), [wrap((n, b"%d" % n * 10_000)) for n in range(200)])
+    here.wait()
+    wait_until(lambda: pool.stats()["done"] - before > 10 and pool.stats()["pending"] == 1, what="all others are done")
+    go.set()
+    assert list(results) == list(range(200))
