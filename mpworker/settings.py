@@ -192,7 +192,7 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    import difflib  # only for who has made a mistake: each worker process imports this file
+    import difflib  # only for whoever has made a mistake
 
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

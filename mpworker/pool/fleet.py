@@ -24,7 +24,7 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from mpworker.pool import linux
+from mpworker.pool import bulk, linux
 from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
@@ -113,6 +113,7 @@ def _become_dispatcher(
         if template == 0:
             theirs.close()
             line.close()
+            bulk.abandon()
             from mpworker.pool import template as template_module
 
             template_module.serve(template_end, dispatcher, preload=False)

@@ -14,7 +14,6 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,6 +62,8 @@ def create(kept: int = 0) -> int:
     """
     size = SIZE + size_for(kept)
     if not hasattr(os, "memfd_create"):
+        import tempfile  # here: it brings compressors and random numbers with it, and each start of a pool would wait
+
         with tempfile.TemporaryFile() as file:
             os.ftruncate(file.fileno(), size)
             return os.dup(file.fileno())
