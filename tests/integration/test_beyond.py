@@ -103,10 +103,10 @@ def events(shop):
         with client.connection_for_read() as connection:
             receiver = client.events.Receiver(connection, handlers={"*": seen.append})
             with receiver.consumer_context(wakeup=False) as (line, *_):
-                ready.set()
                 while not over.is_set():
                     with suppress(TimeoutError):
                         line.drain_events(timeout=0.2)
+                    ready.set()  # only when it reads for the first time does it subscribe
 
     thread = threading.Thread(target=capture)
     thread.start()
