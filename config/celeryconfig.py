@@ -65,3 +65,11 @@ mpworker_journal_fsync = "off"
 mpworker_callback_time_limit = 60
 # Seconds that a worker process may take to import the application.
 mpworker_ready_timeout = 120
+# A message that has cost so many worker processes fails and is kept (`mpworker results --dead`) instead of run again.
+mpworker_max_deaths = 3
+# Seconds that messages may wait beside free slots before this node's consumer is restarted, then the node ended.
+mpworker_stall_timeout = 60
+# KiB of what a task printed and logged that are kept with its record in the journal.
+# mpworker_task_log = 64
+# Environment variables of each worker process, set before it imports the application.
+# mpworker_worker_env = {"CUDA_VISIBLE_DEVICES": "{slot}"}

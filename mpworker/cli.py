@@ -5,14 +5,19 @@ Exit codes: 0 done, 1 failed, 2 wrong options, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mpworker import __version__
-from mpworker.errors import MPWorkerError
+from mpworker.errors import ConfigurationError, MPWorkerError
+
+if TYPE_CHECKING:
+    from mpworker.celery.requeue import DeadLetters
 
 
 class WrongOption(click.ClickException):
@@ -23,8 +28,11 @@ class WrongOption(click.ClickException):
 
 @click.group(invoke_without_command=True)
 @click.version_option(__version__, prog_name="mpworker")
+@click.option(
+    "-A", "--app", metavar="APP", help="The project's Celery app, as with celery -A; default: mpworker's own."
+)
 @click.pass_context
-def cli(context: click.Context) -> None:
+def cli(context: click.Context, app: str | None) -> None:
     """A Celery worker that loses no task and no result. Start a node with: celery -A mpworker worker"""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -53,6 +61,52 @@ def demo(context: click.Context, folder: Path | None, workers: int | None, data_
         raise
     except (MPWorkerError, OSError) as exc:
         raise click.ClickException(str(exc)) from None
+
+
+@cli.command()
+@click.option("--dead", is_flag=True, required=True, help="Messages that killed too many workers; see requeue.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as in a pipe.")
+@click.pass_context
+def results(context: click.Context, dead: bool, as_json: bool) -> None:
+    """List what has become of tasks."""
+    letters = _dead_letters(context)
+    found: list[dict[str, Any]] = []
+    try:
+        found.extend(letter.summary() for letter in letters.all())
+    except MPWorkerError as exc:
+        raise click.ClickException(str(exc)) from None
+    finally:  # also what was found before a place that cannot be read
+        if as_json or not sys.stdout.isatty():
+            for row in found:
+                click.echo(json.dumps(row))
+        else:
+            from mpworker.monitor.views import print_rows
+
+            print_rows(found, "no dead messages")
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.pass_context
+def requeue(context: click.Context, ids: tuple[str, ...]) -> None:
+    """Send dead messages again, with their ids, to the queues that they came from."""
+    letters, failed = _dead_letters(context), False
+    for task_id in dict.fromkeys(ids):
+        try:
+            click.echo(letters.requeue(task_id))
+        except MPWorkerError as exc:
+            failed = True
+            click.echo(f"Error: {exc}", err=True)
+    context.exit(1 if failed else 0)
+
+
+def _dead_letters(context: click.Context) -> DeadLetters:
+    from mpworker.celery.requeue import DeadLetters, app_of
+
+    try:
+        return DeadLetters(app_of(context.find_root().params["app"]))
+    except ConfigurationError as exc:
+        raise WrongOption(str(exc)) from None
 
 
 def _processors() -> int:

@@ -13,7 +13,9 @@ MPWorkerError
 ├── TimeLimitExceeded           the task was killed at its limit (also a ``TimeoutError``)
 ├── MemoryLimitExceeded         raised inside a task that uses too much memory, or why it was killed (a ``MemoryError``)
 ├── TaskCancelled               the task was cancelled (also a ``CancelledError``)
-└── WorkerLost                  the process that ran the task died
+├── WorkerLost                  the process that ran the task died
+├── PoisonMessage               a message has killed too many workers; it is kept, and not run again
+└── RequeueError                such a message could not be read or sent again; it is where it was
 
 ``RemoteTraceback`` stands outside: it is only ever the ``__cause__`` of an error from a child.
 """
@@ -185,6 +187,14 @@ class WorkerLost(MPWorkerError):
         oom = "; killed by the kernel's out-of-memory killer" if self.oom_killed else oom
         why = f"; {self.why}" if self.why else ""
         return f"{who} {how} while it ran the task{when}{rss}{oom}{why}"
+
+
+class PoisonMessage(MPWorkerError):
+    """A message has cost as many workers their lives as one may. It is not run again by itself, but kept as dead."""
+
+
+class RequeueError(MPWorkerError):
+    """Dead messages could not be read, or one could not be sent again; then it is where it was."""
 
 
 class RemoteTraceback(Exception):

@@ -5,12 +5,12 @@ Owns names, types, defaults and the wording of complaints. Never reads the envir
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mpworker.errors import ConfigurationError
 
@@ -18,6 +18,7 @@ PREFIX = "mpworker_"
 ENV_PREFIX = "MPWORKER_"
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
 FSYNC = ("off", "always")
+_MOST_KIB = 1 << 16
 #: Environment names that are ours without being settings of a node.
 _OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND", "MPWORKER_SLOT"}
 
@@ -55,6 +56,65 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _seconds_or_off(value: Any) -> float:
+    try:
+        return 0.0 if not isinstance(value, bool) and float(value) == 0 else _seconds(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a number of seconds, or 0 for never") from None
+
+
+def _count_or_off(value: Any) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise ValueError("must be a whole number, or 0 for never")
+    return int(text)
+
+
+def _kib(value: Any) -> int:
+    try:
+        size = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else -1
+    except ValueError:
+        size = -1
+    if not 0 <= size <= _MOST_KIB:
+        raise ValueError(f"must be a whole number of KiB from 0 to {_MOST_KIB}")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFormats:
+    """Environment variables by slot: what ``{slot}`` in a format becomes. Travels to worker processes."""
+
+    formats: dict[str, str]
+
+    def __call__(self, slot: int) -> dict[str, str]:
+        return {name: text.format(slot=slot) for name, text in self.formats.items()}
+
+
+def is_variable(name: object, value: object) -> bool:
+    """Whether these can be an environment variable; a number will do as its value."""
+    if not isinstance(name, str) or not isinstance(value, str | int):
+        return False
+    try:
+        text = os.fsencode(f"{name}{value}")
+    except UnicodeEncodeError:
+        return False
+    return name != "" and "=" not in name and b"\0" not in text
+
+
+def _variables(value: Any) -> Callable[[int], Mapping[str, str | int]] | None:
+    if callable(value):
+        return cast("Callable[[int], Mapping[str, str | int]]", value)
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        if isinstance(given, Mapping) and all(is_variable(*item) for item in given.items()):
+            found = SlotFormats({name: str(text) for name, text in given.items()})
+            found(0)
+            return found if given else None
+    except (ValueError, LookupError, AttributeError):  # no JSON, or no such field
+        pass
+    raise ValueError('must be variables and their formats, such as {"CUDA_VISIBLE_DEVICES": "{slot}"}')
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in choices:
@@ -89,6 +149,16 @@ class Settings:
     callback_time_limit: float = _setting(_seconds, 60.0)
     #: seconds that a child may take to import the application and to initialize
     ready_timeout: float = _setting(_seconds, 120.0)
+    #: a message that has cost so many worker processes is failed instead of run again; 0: never
+    max_deaths: int = _setting(_count_or_off, 3)
+    #: seconds that messages may wait beside free slots before the consumer is restarted; 0: for ever
+    stall_timeout: float = _setting(_seconds_or_off, 60.0)
+
+    #: environment variables of each worker process, by slot
+    worker_env: Callable[[int], Mapping[str, str | int]] | None = _setting(_variables)
+
+    #: KiB of what a task prints and logs that are kept with its result record; 0: nothing is
+    task_log: int = _setting(_kib, 0)
 
     @property
     def journal_dir(self) -> Path:
@@ -121,7 +191,11 @@ class Settings:
                 values[name] = read(raw)
             except ValueError as exc:
                 raise ConfigurationError(f"{origin} {exc}, not {raw!r}") from None
-        return cls(**values)
+        settings = cls(**values)
+        if settings.worker_env is not None and settings.start_method == "fork":
+            why = "a fork of the main process has imported the application before it has a slot"
+            raise ConfigurationError(f"mpworker_worker_env and mpworker_start_method = fork exclude each other: {why}")
+        return settings
 
 
 def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
@@ -136,5 +210,7 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
+    import difflib  # only for whoever has made a mistake
+
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""

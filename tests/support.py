@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -410,3 +411,18 @@ def raise_unwilling(when: str, how: str) -> NoReturn:
 
 def return_unwilling(when: str, how: str = "error") -> Unwilling:
     return Unwilling(when, how)
+
+
+class Buffer:
+    """Pickles like an array: its memory travels beside the stream."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Buffer, (pickle.PickleBuffer(self.memory),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Buffer) and bytes(self.memory) == bytes(other.memory)
+
+    __hash__ = None  # type: ignore[assignment]

@@ -23,11 +23,11 @@ from celery.utils.log import get_logger
 from kombu.exceptions import KombuError
 from kombu.utils.objects import cached_property
 from redis import exceptions as redis_errors
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
-from mpworker.errors import ConfigurationError, StoreError
+from mpworker.celery.connection import quick_client
+from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
 from mpworker.settings import Settings
@@ -52,8 +52,10 @@ _SCHEMES = {
     "redis+unix": "socket",
 }
 
-#: KEYS: the task's key. ARGV: payload, seconds to live (0: for ever).
-#: Returns 1: stored; 0: there was a SUCCESS, left alone; -1: what is there is no JSON, nothing done.
+#: A word on progress that is newer than ours by more than this (seconds) is due to a clock, and replaced.
+_SKEW = 10.0
+#: KEYS: the task's key. ARGV: payload, seconds to live (0: for ever); with the state PROGRESS also: its time, _SKEW.
+#: Returns 1: stored; 0: there was what may not be replaced; -1: what is there is no JSON, nothing done.
 _STORE = """
 local old = redis.call('GET', KEYS[1])
 if old and old ~= ARGV[1] then
@@ -61,8 +63,15 @@ if old and old ~= ARGV[1] then
     if not readable or type(meta) ~= 'table' then
         return -1
     end
-    if meta['status'] == 'SUCCESS' then
+    local status = meta['status']
+    if status == 'SUCCESS' then
         return 0
+    end
+    if ARGV[3] then
+        local newer = (tonumber(meta['told']) or 0) - tonumber(ARGV[3])
+        if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(ARGV[4])) then
+            return 0
+        end
     end
 end
 if tonumber(ARGV[2]) > 0 then
@@ -175,6 +184,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         Raises:
             BackendStoreError: the encoded result is larger than Redis can hold.
         """
+        if state in states.READY_STATES or state == states.RETRY:
+            progress.hush(task_id)
         journal = _node_journal or self._named
         if journal is None:
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
@@ -184,8 +195,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         payload = self.encode(meta)
         if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
-        message = describe(result) if isinstance(result, BaseException) else ""
-        record = self._record(meta, message, payload, request, journal.node)
+        record = self._record(meta, result, payload, request, journal.node)
         try:
             place = journal.append(record)
         except StoreError as exc:
@@ -193,6 +203,23 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
         self._ship(journal, place, record)
         return encoded
+
+    def store_progress(self, task_id: str, told: dict[str, Any], request: Any, at: float | None = None) -> None:
+        """Stores the state PROGRESS, in Redis only, unless the task has ended there or has told something newer.
+
+        What Redis does not take is lost; nothing is raised on its account.
+
+        Args:
+            told: ``done``, ``total``, ``message``.
+            at: when, in seconds since the epoch; default now.
+        """
+        at = time.time() if at is None else at
+        meta = self._get_result_meta(result=told, state=progress.STATE, traceback=None, request=request)
+        payload = self.encode(meta | {"task_id": task_id, "told": at})
+        try:
+            self._put(self._record(meta | {"task_id": task_id}, "", payload, request, ""), at)
+        except self._outages as exc:
+            self._redis_warnings.warn("Redis did not take the progress of task %s: %s", task_id, describe(exc))
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> None:
         """Counts a part of a chord in Redis. With a journal, an outage does not fail the task that was the part."""
@@ -206,7 +233,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
                 *(request.id, request.group, describe(exc)),
             )
 
-    def _record(self, meta: dict[str, Any], message: str, payload: str | bytes, request: Any, node: str) -> Record:
+    def _record(self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
         finished = state in states.READY_STATES or state == states.RETRY
         # New in Celery 5.7, as is compression.
@@ -215,7 +242,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             task_id=task_id,
             name=getattr(request, "task", None),
             status=state,
-            message=message,
+            message=describe(result) if isinstance(result, BaseException) else "",
             result=meta["result"],
             traceback=None if traceback is None else str(traceback),
             runtime=runtime_of(task_id) if finished else None,
@@ -224,6 +251,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             key=self.get_key_for_task(task_id).decode(),
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
+            dead=isinstance(result, PoisonMessage),
+            log=task_log.tail_of(task_id) if finished else None,
         )
 
     def _ship(self, journal: Journal, place: Place, record: Record) -> None:
@@ -251,23 +280,22 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     @cached_property
     def _quick_client(self) -> Any:
         """A client that gives up soon: what it writes is in the journal already."""
-        params = dict(self.connparams)
-        for name in ("socket_timeout", "socket_connect_timeout"):
-            if name in params:
-                params[name] = min(params[name] or REDIS_TIMEOUT, REDIS_TIMEOUT)
-        # One immediate retry mends a connection that a restarted server has closed; a timeout is not tried again.
-        params.update(retry_on_timeout=False, retry=Retry(NoBackoff(), 1, (redis_errors.ConnectionError,)))
-        return self._create_client(**params)
+        return quick_client(self, REDIS_TIMEOUT)
 
     @cached_property
     def _store_script(self) -> Any:
         return self._quick_client.register_script(_STORE)
 
-    def _put(self, record: Record) -> bytes:
-        """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal."""
+    def _put(self, record: Record, told: float | None = None) -> bytes:
+        """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal.
+
+        Args:
+            told: for progress, when that was: no other end may be there either, nor anything newer.
+        """
         if self._scripted:
+            args = [record.payload, record.expires or 0, *([] if told is None else [told, _SKEW])]
             try:
-                reply = self._store_script(keys=[record.key], args=[record.payload, record.expires or 0])
+                reply = self._store_script(keys=[record.key], args=args)
             except redis_errors.ResponseError as exc:
                 if not _refuses_scripts(exc):
                     raise
@@ -276,11 +304,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             else:
                 if reply >= 0:
                     return SHIPPED if reply else SUPERSEDED
-        return self._put_plainly(record)
+        return self._put_plainly(record, told)
 
-    def _put_plainly(self, record: Record) -> bytes:
+    def _put_plainly(self, record: Record, told: float | None) -> bytes:
         current = self._quick_client.get(record.key)
-        if current and self._says_success(current):
+        if current and self._stays(current, told):
             return SUPERSEDED
         with self._quick_client.pipeline() as pipe:
             pipe.set(record.key, record.payload, ex=record.expires)
@@ -288,9 +316,12 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             pipe.execute()
         return SHIPPED
 
-    def _says_success(self, payload: Any) -> bool:
+    def _stays(self, payload: Any, told: float | None) -> bool:
         try:
-            return bool(self.decode(payload)["status"] == states.SUCCESS)
+            meta = self.decode(payload)
+            if told is None:
+                return bool(meta["status"] == states.SUCCESS)
+            return meta["status"] in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < _SKEW
         except (KombuError, KeyError, TypeError, ValueError) as exc:
             # Another serializer wrote it, so no reader of this application can read it either: it may be replaced.
             self._redis_warnings.warn("an unreadable result in Redis is replaced: %s", describe(exc))

@@ -28,8 +28,9 @@ from celery.utils.log import ColorFormatter, get_logger
 from celery.worker import state as worker_state
 
 from mpworker import logs
-from mpworker.celery import hooks
+from mpworker.celery import hooks, progress, task_log
 from mpworker.celery.app import is_default
+from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
@@ -182,7 +183,8 @@ def initialize(hostname: str, journal: bool) -> None:
         signal.signal(getattr(signal, TERM_SIGNAME), signal.SIG_IGN)
     process = billiard.process.current_process()
     process._name = pool_worker.process_name()
-    process.index = worker.slot if worker is not None and worker.lane is Lane.TASKS else -1
+    # Celery counts from 1 for log files named by %i, where 0 is the main process.
+    process.index = worker.slot if worker is not None and worker.lane is Lane.TASKS else -2
     app.loader.init_worker()
     app.loader.init_worker_process()
     _set_up_logging(app, hostname)
@@ -193,7 +195,10 @@ def initialize(hostname: str, journal: bool) -> None:
 
         enable_journal(settings_of(app), hostname)
     hooks.listen_in_worker()
+    progress.listen_in_worker(app)
+    task_log.listen_in_worker()
     for name, task in app.tasks.items():
+        run_on_the_loop(task)
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
     worker_state.reset_state()
     signals.worker_process_init.send(sender=hostname)
@@ -253,11 +258,18 @@ def run(target: Callable[..., Any], *args: Any) -> Any:
     if task_id is None:
         return target(*args)
     hooks.follow(task_id)
+    progress.follow(*args[:3])
+    task_log.follow(task_id)
     task_begins(task_id)
     try:
         return target(*args)
+    except BaseException as exc:
+        task_log.attach(exc)
+        raise
     finally:
         task_ends()
+        task_log.follow()
+        progress.follow()
         hooks.follow(None)
 
 

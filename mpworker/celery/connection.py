@@ -1,6 +1,7 @@
-"""The node's connection to its broker: kombu's, which closes in peace when the broker is gone, and stays alert.
+"""Connections that fail well: to the broker, closing in peace when it is gone, and alert meanwhile; to Redis, giving up
+soon.
 
-Owns those two differences. Never connects by itself.
+Owns those differences. Never connects by itself.
 """
 
 from __future__ import annotations
@@ -74,6 +75,25 @@ class _Nobody:
     @staticmethod
     def publish(*_: object, **__: object) -> None:
         raise ConnectionError("the broker is away")
+
+
+def quick_client(backend: Any, patience: float) -> Any:
+    """A client of a Redis result backend's server, for what can be done without it.
+
+    Args:
+        backend: Celery's, or one derived from it.
+        patience: seconds that one exchange may take.
+    """
+    from redis import exceptions, retry  # not needed by nodes without Redis
+    from redis.backoff import NoBackoff
+
+    params = dict(backend.connparams)
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if name in params:
+            params[name] = min(params[name] or patience, patience)
+    # One immediate retry mends a connection that a restarted server has closed; a timeout is not tried again.
+    params.update(retry_on_timeout=False, retry=retry.Retry(NoBackoff(), 1, (exceptions.ConnectionError,)))
+    return backend._create_client(**params)
 
 
 class _Closable:

@@ -29,7 +29,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from mpworker.celery import child
+from mpworker.celery import child, progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import Outage
 from mpworker.celery.failures import Failures
@@ -37,7 +37,10 @@ from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink, signals_held_back
 from mpworker.celery.models import register_models
+from mpworker.celery.poison import Deaths
+from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
+from mpworker.celery.stalls import StallDetector
 from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
@@ -66,12 +69,14 @@ _MAY_CANCEL_QUIETLY = "emit_retry" in inspect.signature(Request.cancel).paramete
 class Job:
     """One message in the pool: what Celery wants to hear about it."""
 
-    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "name", "pid", "pool", "task_id", "terminated")
+    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "log", "name", "pid", "pool", "task_id", "terminated")
 
     def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
         self.id = pool.handle.next_id()
         self.pid = 0
+        #: what it had said when it ended
+        self.log = b""
         self.terminated = self._echo = 0
 
     def abandon(self) -> None:
@@ -108,6 +113,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._semaphore = self.options.get("semaphore")
         self._timeouts = self.options.get("soft_timeout") or 0.0, self.options.get("timeout") or 0.0
         self._jobs: dict[int, Job] = {}
+        self._ending: Job | None = None
+        #: jobs that it has been given since it was made
+        self.taken = 0
         self._events: deque[Frame] = deque()
         self._pumping = threading.RLock()
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
@@ -119,12 +127,16 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
         self._outage = Outage(self, self._listen_once)
+        self.app.steps["consumer"].add(StallDetector)  # looked at when the consumer is made, which comes next
+        hostname = (self.options.get("initargs") or (None, ""))[1]
+        self._deaths = Deaths(self.app, self._settings.max_deaths, hostname)
 
     def _make_handle(self) -> handles.Handle:
         app: Celery = self.app
         hostname = (self.options.get("initargs") or (None, ""))[1]
         try:
             settings = settings_of(app)
+            self._slot_env = slot_env_of(settings, self.limit)
         except ConfigurationError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
         self._settings = settings
@@ -133,7 +145,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             spec = child.describe_app(app)
         except PayloadError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
-        forked = settings.start_method == "fork"
+        start_method = start_method_of(settings)
+        forked = start_method == "fork"
         if forked:
             child.adopt(app)
         elif spec.place is None and (names := child.local_tasks(app)):
@@ -148,11 +161,13 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return handles.make(
             handles.PoolOptions(
                 size=self.limit,
-                start_method=settings.start_method,
+                start_method=start_method,
                 ready_timeout=settings.ready_timeout,
                 callback_limit=settings.callback_time_limit,
                 max_tasks=self.options.get("maxtasksperchild") or 0,
                 max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
+                warm=not self._slot_env,
+                task_log=settings.task_log << 10,
                 label=f" ({hostname})" if hostname else "",
             ),
             preload=(child.load, (spec,)),
@@ -160,6 +175,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             finalizer=(child.finish, (0,)),
             soft_error=child.soft_limit_error,
             import_main=spec.in_main,
+            slot_env=self._slot_env,
         )
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -174,6 +190,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._outage.connect()
         self._hooks.connect()
         self._soft.connect()
+        if self._settings.task_log:
+            task_log.source = self._log_of
         signals.worker_before_create_process.send(sender=self)
         self.handle.start()
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
@@ -297,6 +315,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self._stops:
             return job  # its message will be the broker's again
         self._jobs[job.id] = job
+        self.taken += 1
         self._hooks.begins(task_id)
         try:
             body = pack_call(child.run, (target, *_sendable(args)), {}) if task_id else pack_call(target, args, kwargs)
@@ -375,14 +394,20 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._call(job, "accept_callback", job.pid, frame.a)
         elif kind is Kind.SOFT:
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
+        elif kind is Kind.PROGRESS:
+            progress.send_event(job.callbacks.get("accept_callback"), frame)
         elif kind is Kind.DONE:
             succeeded, value = open_outcome(frame.flag, frame.body)
-            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(_left(value)))))
+            if not succeeded and (error := _left(value)) is not value:  # to Celery, a lost worker
+                value = self._judge(job, error)
+            job.log = b"" if succeeded else task_log.attached(value)
+            self._end(job, *(("callback", _tamed(value)) if succeeded else ("error_callback", _einfo(value))))
         elif kind is Kind.ENDED:
             self._on_verdict(job, frame)
 
     def _on_verdict(self, job: Job, frame: Frame) -> None:
         state, facts = handles.verdict_of(frame)
+        job.log = frame.extra
         if state is JobState.TIMED_OUT:
             # timeout_callback does all of it; calling error_callback too would do it twice.
             self._end(job, "timeout_callback", soft=False, timeout=facts["limit"])
@@ -392,9 +417,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
         else:
             text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
-            self._end(job, "error_callback", _einfo(WorkerLostError(text), text))
+            self._end(job, "error_callback", _einfo(self._judge(job, WorkerLostError(text)), text))
             if (task := self.app.tasks.get(job.name)) is not None:
                 self._hooks.lost(task, job.task_id)
+
+    def _judge(self, job: Job, lost: BaseException) -> BaseException:
+        return lost if job.terminated else self._deaths.judge(job.callbacks.get("error_callback"), lost)
 
     def _on_broken(self, why: str) -> None:
         """No workers any more: the node ends. What had started is lost with them; the rest is the broker's again."""
@@ -407,6 +435,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _end(self, job: Job, which: str, *args: Any, **kwargs: Any) -> None:
         """The one terminal callback of a job, then its slot is free."""
         self._jobs.pop(job.id, None)
+        self._ending = job
         try:
             if which == "callback":
                 self._call(job, which, *args, **kwargs)
@@ -422,6 +451,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
         function = job.callbacks.get(which)
         if function is not None:
             function(*args, **kwargs)
+
+    def _log_of(self, task_id: str) -> bytes:
+        for job in (self._ending, *list(self._jobs.values())):
+            if job is not None and job.task_id == task_id:
+                return job.log or self.handle.log_of(job.id)
+        return b""
 
     # -- size ----------------------------------------------------------------------------------------------------
 
@@ -445,6 +480,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         for semaphore in (self._semaphore, self._slots):
             if semaphore is not None and change:
                 (semaphore.grow if change > 0 else semaphore.shrink)(abs(change))
+        warn_beyond(self._slot_env, size)
         self.handle.resize(size)
         self._loop.watch_writing()
 
@@ -459,10 +495,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "put-guarded-by-semaphore": self.putlocks,
                 "timeouts": list(self._timeouts),
                 "writes": "N/A",
-                "start-method": self._settings.start_method,
+                "start-method": self.handle.options.start_method,
                 "dispatcher": self.handle.pid,
                 "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
                 "unfinished": len(self._jobs),
+                "dead-messages": self._deaths.given_up,
             }
         )
         return info

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -200,3 +200,15 @@ def _two_columns(title: str, second: str, rows: Iterable[tuple[str, str]]) -> Ta
         # Text, not str: a name or a message may contain what rich takes for markup.
         table.add_row(Text(name), Text(text))
     return table
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], nothing: str, console: Console | None = None) -> None:
+    """A table of rows that have the same columns, or the text ``nothing``."""
+    console = console or Console()
+    if not rows:
+        console.print(nothing, markup=False)
+        return
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row.values()))
+    console.print(table)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mpworker.errors import PayloadError, SoftTimeLimitExceeded
 from mpworker.pool.heirlooms import Heirlooms
 from mpworker.pool.parcel import pack, unpack
+from mpworker.pool.slots import SlotVariables
 
 
 class Boot(NamedTuple):
@@ -35,7 +36,7 @@ class Boot(NamedTuple):
     #: appended to process titles
     label: str
     #: environment variables of each slot's worker
-    slot_env: dict[int, dict[str, str]]
+    slot_env: SlotVariables
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -49,7 +50,7 @@ def describe(
     soft_error: Callable[[float], BaseException] = SoftTimeLimitExceeded,
     label: str = "",
     import_main: bool = True,
-    slot_env: dict[int, dict[str, str]] | None = None,
+    slot_env: SlotVariables | None = None,
     heirlooms: Heirlooms | None = None,
     fork: bool = False,
 ) -> bytes:

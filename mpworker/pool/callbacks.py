@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mpworker.errors import UnheardError
+from mpworker.pool.bulk import Bulk
 from mpworker.pool.coroutines import settle
 from mpworker.pool.parcel import open_outcome, pack, unpack
 
@@ -40,6 +41,8 @@ def run(hooks: bytes, flag: int, body: bytes) -> None:
     """Calls the callback that fits the outcome, with the value or with the exception."""
     fitting = Hooks(*unpack(hooks, "a callback"))
     succeeded, value = open_outcome(flag, body)
+    if type(body) is Bulk:
+        body.close()
     chosen = fitting.callback if succeeded else fitting.error_callback
     if chosen is not None:
         settle(chosen(value))

@@ -86,7 +86,8 @@ def _assume(lane: Lane, boot: booting.Boot, slot: int) -> None:
 def _set_environment(slot: int, lane: Lane, boot: booting.Boot) -> None:
     os.environ.pop(SLOT_VARIABLE, None)  # of a worker that this pool was started in
     if lane is Lane.TASKS and slot != NO_SLOT:
-        os.environ.update(boot.slot_env.get(slot, {}))
+        env = boot.slot_env
+        os.environ.update(env(slot) if callable(env) else env.get(slot, {}))
         os.environ[SLOT_VARIABLE] = str(slot)
 
 

@@ -39,6 +39,11 @@ def settle(value: Any) -> Any:
         value.close()  # if it was interrupted before it began
 
 
+def running() -> bool:
+    """Whether this process' loop is in the middle of a coroutine: then it cannot run another one to its end."""
+    return (loop := _loops.get(os.getpid())) is not None and loop.is_running()
+
+
 def interrupt(frame: FrameType | None, error: Callable[[], BaseException]) -> bool:
     """From a signal handler: gets an exception into the coroutine that runs.
 
@@ -73,6 +78,9 @@ class _Loop:
     def is_closed(self) -> bool:
         """A task may have done that: the loop is the current one of its thread."""
         return self.runner.get_loop().is_closed()
+
+    def is_running(self) -> bool:
+        return self.runner.get_loop().is_running()
 
     def say_goodbye(self) -> None:
         # Not runner.close(): that waits for whatever does not mind being cancelled, and for threads.

@@ -20,6 +20,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -28,6 +29,7 @@ from mpworker.errors import ProtocolError
 from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool import page as pages
+from mpworker.pool.bulk import Bulk, Place
 from mpworker.pool.facts import Job, Lane, Span, open_span
 from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import (
@@ -64,7 +66,7 @@ _LOOK_PAUSE = 0.005
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
 _STARTED, _DONE, _READY, _SUBMIT, _JOB = Kind.STARTED, Kind.DONE, Kind.READY, Kind.SUBMIT, Kind.JOB
-_BUNDLE, _RESULTS = Kind.BUNDLE, Kind.RESULTS
+_BUNDLE, _RESULTS, _GOT = Kind.BUNDLE, Kind.RESULTS, Kind.GOT
 _LANES = {int(lane): lane for lane in Lane}
 #: More workers than this are a number gone wrong.
 _MOST_WORKERS = 1 << 16
@@ -101,7 +103,9 @@ class Dispatcher:
         self._selector = selectors.DefaultSelector()
         parent.setblocking(False)
         self._parent = Wire(self._selector, parent, self._read_parent)
-        self._parent_reader = FrameReader("the parent")
+        self._parent.outbox.unconfirmed = deque()
+        self._place = Place()
+        self._parent_reader = FrameReader("the parent", place=self._place)
         self._parent_pid = os.getppid()
         if not can_adopt and options["start_method"] != "spawn":
             level = logging.WARNING if options["start_method"] == "fork" else logging.INFO  # memory is not inherited
@@ -199,7 +203,7 @@ class Dispatcher:
             self._tell_starts()
         if self._parent.outbox:
             self._parent.flush()
-        paused = self._parent.outbox.size > PARENT_HIGH_WATER
+        paused = self._parent.outbox.load > PARENT_HIGH_WATER
         if paused != self._paused:
             self._paused = paused
             self._apply(f.Paused(paused))
@@ -209,7 +213,7 @@ class Dispatcher:
                 wire.flush()
                 if control:
                     with contextlib.suppress(OSError):
-                        control.flush(crew.control.send)
+                        control.flush(crew.control.send, crew.control.send)
         self._touched.clear()
 
     def _watch_signals(self) -> None:
@@ -257,18 +261,29 @@ class Dispatcher:
     # -- parent --------------------------------------------------------------------------------------------------
 
     def _read_parent(self) -> None:
-        data = receive(self._parent.sock)
+        data = self._parent_reader.receive(self._parent.sock)
         if data == b"":
             self._orphaned = True
             return
         try:
-            asked = [_asked(frame) for frame in self._parent_reader.feed(data or b"")]
+            frames = self._parent_reader.feed(data or b"")
+            asked = [_asked(frame) for frame in frames if frame.kind is not _GOT or not self._is_confirmed(frame)]
         except ProtocolError as exc:  # the line cannot be read any further; the parent starts another dispatcher
             self.log(logging.CRITICAL, f"{exc}; the dispatcher ends")
             self._parent.close()
             self._finished = True
             return
         self._apply(*asked)
+
+    def _is_confirmed(self, frame: Frame) -> bool:
+        """Takes in what the parent says of the next descriptor; ``False`` if there is none that it could speak of."""
+        unconfirmed = self._parent.outbox.unconfirmed
+        if not unconfirmed:
+            return False
+        sent = unconfirmed.popleft()
+        if frame.flag and type(sent.body) is Bulk:
+            self._parent.put(sent._replace(body=sent.body.read()))
+        return True
 
     def _tell(self, action: f.Tell) -> None:
         frame = action.frame
@@ -294,7 +309,10 @@ class Dispatcher:
         self._parent.sock.setblocking(True)
         self._parent.sock.settimeout(5.0)
         with contextlib.suppress(OSError):
-            self._parent.outbox.flush(self._parent.sock.send)
+            self._parent.outbox.flush(self._parent.send, self._parent.send)
+            while self._parent.outbox.unconfirmed and self._parent.open and not self._orphaned:
+                self._read_parent()  # it may want one of them once more
+                self._parent.outbox.flush(self._parent.send, self._parent.send)
 
     def _finish(self, action: f.Finish) -> None:
         self._finished = True
@@ -309,7 +327,8 @@ class Dispatcher:
             self._gone(Exit(action.worker, None, None, None))
             return
         wire = Wire(self._selector, crew.data, lambda: self._read_worker(action.worker))
-        self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}")
+        self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}", place=self._place)
+        self._place.look(max(crew.control.fileno(), crew.page_fd))
         self._parent.put_fd(crew.page_fd)
         self._show_workers()
 
@@ -365,7 +384,7 @@ class Dispatcher:
             return
         crew, wire, _, reader = entry
         for _ in range(turns):
-            data = receive(crew.data)
+            data = reader.receive(crew.data)
             if data is None:
                 return
             try:
@@ -413,6 +432,8 @@ class Dispatcher:
                 elif kind is _STARTED:
                     events.append(f.JobStarted(worker, job, a))
                 elif kind is not Kind.HELLO:
+                    if kind is Kind.RETURNED and flag:
+                        self._unload(worker, job)
                     events.append(_reported(crew, frame))
                 elif not self._fleet.registered(crew, job):
                     raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
@@ -423,6 +444,12 @@ class Dispatcher:
                 raise broken
         finally:
             self._apply(*events)
+
+    def _unload(self, worker: int, number: int) -> None:
+        """A worker has no room for a job's descriptor: from now on that travels in bytes."""
+        job = self._ledger.jobs.get(number)
+        if type(job) is Job and job.worker is not None and job.worker.id == worker and type(job.body) is Bulk:
+            job.body = job.body.read()
 
     def _reap(self) -> None:
         for crew, *_ in list(self._wires.values()):
@@ -449,7 +476,7 @@ class Dispatcher:
 
     def _hear_out(self, worker: int, crew: Crew) -> None:
         reader = self._wires[worker][3]
-        while data := receive(crew.data):
+        while data := reader.receive(crew.data):
             try:
                 self._hear(crew, reader, data)
             except ProtocolError as exc:
@@ -515,6 +542,8 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.HookCalled(crew.worker, job, flag, extra, body)
     if kind is Kind.PROGRESS:
         return f.JobProgressed(crew.worker, job, a, b, body)
+    if kind is Kind.CUT:
+        return f.JobCut(crew.worker, job, body)
     if kind is Kind.KEPT:
         return f.MemoryKept(crew.worker, int(a))
     if kind is Kind.SOFT:
@@ -557,7 +586,7 @@ def main(fd: str, template_fd: str = "", template_pid: str = "", *_: str) -> Non
             gc.set_threshold(_GC_THRESHOLD)
             options = json.loads(boot.extra)
             set_title(f"mpworker: dispatcher{options['label']}")
-            fleet.heirlooms = options["heirlooms"]
+            fleet.heirlooms, fleet.task_log = options["heirlooms"], options["task_log"]
             if can_adopt and fleet.template is None and options["start_method"] != "spawn":
                 fleet.fork_template(line)
             Dispatcher(line, boot, fleet, can_adopt).run()

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpworker.errors import ConfigurationError, PayloadError, PoolFull
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import Callback, pack_hooks
+from mpworker.pool.chunks import pack_chunks
 from mpworker.pool.coroutines import settle
 from mpworker.pool.cpus import pool_size
 from mpworker.pool.futures import COUNTS, Results, TaskFuture
 from mpworker.pool.handle import PoolOptions
+from mpworker.pool.mapping import Chunk, Course, cancel_from, hand_out
 from mpworker.pool.memory import can_tell
 from mpworker.pool.parcel import name_of, pack_call, pack_error, unpack_error
 from mpworker.pool.slots import SlotEnv, variables_of_slots
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 T = TypeVar("T")
+F = TypeVar("F", bound=TaskFuture[Any])
 
 
 class _This:
@@ -246,7 +249,16 @@ class ProcessPool(Executor):
             submission.add_done_callback(_cancel_submitted)  # the thread may be at it
             raise
 
-    def _send(self, body: bytes, soft: float, hard: float, hooks: bytes, name: str, memory: int = 0) -> TaskFuture[Any]:
+    def _send(
+        self,
+        body: bytes,
+        soft: float,
+        hard: float,
+        hooks: bytes,
+        name: str,
+        memory: int = 0,
+        make: Callable[[Results, int], F] = TaskFuture,  # type: ignore[assignment]
+    ) -> F:
         core = self._started()
         if core.slots is not None:
             in_callback = threading.current_thread() is core.thread
@@ -259,7 +271,7 @@ class ProcessPool(Executor):
         with self._lock:
             if core.broken is None and not self._closed:
                 job = core.handle.next_id()
-                future: TaskFuture[Any] = TaskFuture(core, job)
+                future = make(core, job)
                 core.futures[job] = future
                 if name:
                     core.names[job] = name
@@ -279,24 +291,36 @@ class ProcessPool(Executor):
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: float | None = None,
-        chunksize: int = 1,
+        chunksize: int | None = None,
         buffersize: int | None = None,
     ) -> Iterator[T]:
         """Like ``map(fn, *iterables)``; results come in order.
 
+        By default the pool itself lets items travel together, as one task that :meth:`stats` counts once, so that tiny
+        ones cost little. That changes nothing for an item: the limits hold for each one, one that fails takes neither
+        the results before it nor the run of those behind it, and if a worker that is busy with an item for more than
+        some 15 ms holds others behind it, they go to whoever is free. No item runs twice: of those that a worker has
+        begun and not told when it dies, none runs again, and the iterator raises ``WorkerLost`` at the first of them.
+
         Args:
             timeout: seconds that all results together may take, from this call on.
-            chunksize: items that travel as one task; the pool's limits are multiplied by it.
+            chunksize: items that travel as one task, come what may; the pool's limits are multiplied by it. Default:
+                as above; but 1 with ``buffersize``, which bounds memory, and with ``max_tasks_per_worker``, which
+                counts items.
             buffersize: so many tasks are ahead of the results that were taken; the iterables are read accordingly.
                 Default: all at once.
 
         Raises:
+            PayloadError: the function or an item cannot be pickled; what has been sent is cancelled.
             TimeoutError: from the iterator; what is left is cancelled.
         """
-        if chunksize < 1:
-            raise ConfigurationError("chunksize must be at least 1")
         ahead = _count("buffersize", buffersize) or None
         end = None if timeout is None else monotonic() + timeout
+        if chunksize is None and ahead is None and not self._options.max_tasks:
+            return self._map_in_chunks(fn, iterables, end)
+        chunksize = 1 if chunksize is None else chunksize
+        if chunksize < 1:
+            raise ConfigurationError("chunksize must be at least 1")
         items = zip(*iterables, strict=False)
         sent = self._send_chunks(fn, items, chunksize)
         futures: deque[Future[_Part[T]]] = deque()
@@ -307,6 +331,23 @@ class ProcessPool(Executor):
             _cancel(futures)
             raise
         return _results(futures, sent, end)
+
+    def _map_in_chunks(
+        self, fn: Callable[..., T], iterables: tuple[Iterable[Any], ...], end: float | None
+    ) -> Iterator[T]:
+        soft, hard, workers = self._soft_timeout, self._timeout, self._options.size
+        course, first = Course(workers, soft, hard), None
+        try:
+            for body, size in pack_chunks(fn, iterables, workers):
+                make = partial(Chunk, course=course, body=body, size=size)
+                chunk = self._send(body, soft, hard, b"", "", make=make)
+                course.append(chunk)
+                first = first or chunk
+        except BaseException:
+            cancel_from(first)
+            raise
+        course.complete()
+        return hand_out(first, end)
 
     def _send_chunks(
         self, fn: Callable[..., T], items: Iterator[tuple[Any, ...]], chunksize: int
@@ -354,6 +395,7 @@ class ProcessPool(Executor):
         if core is None:
             return
         if cancel_futures:
+            core.abandoned = True
             for job, future in core.futures.copy().items():
                 if job not in core.running:
                     future.cancel()
@@ -383,8 +425,8 @@ class ProcessPool(Executor):
             nothing: dict[str, Any] = {"pending": 0, "running": 0, "progress": {}, "dispatcher": None, "workers": []}
             return {"submitted": 0, **dict.fromkeys(COUNTS, 0), **nothing}
         return {
-            "submitted": core.submitted,
             **core.counts,
+            "submitted": core.submitted + core.more,
             "pending": core.handle.pending,
             "running": len(core.running),
             "progress": core.progress(),

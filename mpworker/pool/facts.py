@@ -248,6 +248,15 @@ class JobProgressed(NamedTuple):
     message: bytes
 
 
+class JobCut(NamedTuple):
+    """A chunk will not begin the rest of its items: those are the parent's again."""
+
+    worker: int
+    job: int
+    #: what is known of it, for the parent
+    report: bytes
+
+
 class JobExpired(NamedTuple):
     """The watchdog kills its process at the hard limit."""
 

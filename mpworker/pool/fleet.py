@@ -24,7 +24,7 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from mpworker.pool import linux
+from mpworker.pool import bulk, linux
 from mpworker.pool.boot import flush_streams
 from mpworker.pool.facts import Lane
 from mpworker.pool.frames import Kind, encode
@@ -113,6 +113,7 @@ def _become_dispatcher(
         if template == 0:
             theirs.close()
             line.close()
+            bulk.abandon()
             from mpworker.pool import template as template_module
 
             template_module.serve(template_end, dispatcher, preload=False)
@@ -209,6 +210,8 @@ class Fleet:
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
         #: descriptors that every child inherits
         self.heirlooms: list[int] = []
+        #: bytes of what a job says that each worker's page keeps
+        self.task_log = 0
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ class Fleet:
         """
         self._oom.forget(time.monotonic())  # a strike of long ago is not what ends a worker next
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            their_page = create()
+            their_page = create(self.task_log)
             theirs.callback(os.close, their_page)
             page = Page(os.dup(their_page), worker=worker)
             ours.callback(page.close)

@@ -116,6 +116,9 @@ class TaskFuture(Future[T]):
             if self._state == "PENDING":
                 self._state = "RUNNING"
 
+    def cut(self, body: bytes) -> None:
+        """Its worker will not begin the rest of its items. Only a chunk of a map has any."""
+
     def settle_unwatched(self, succeeded: bool, value: Any) -> bool:
         """Takes the outcome if nobody has asked for the condition: no wait to end, no callback to run."""
         with _gate:
@@ -150,6 +153,14 @@ class Results:
         self.broken: RuntimeError | None = None
         self.ended = False
         self.slots = threading.BoundedSemaphore(max_pending) if max_pending else None
+        #: what is cut off from now on is cancelled
+        self.abandoned = False
+        #: tasks that this thread has sent, and those of them that are unfinished
+        self.more = 0
+        self._more: set[int] = set()
+        self._chunks = 0  # not settled: what is cut off from them will be sent
+        self._closing = False
+        self._counting = threading.RLock()  # the collector of garbage may close the pool anywhere
         self._asleep = False  # the thread waits, or is about to; who appends to the outbox wakes it
         self._few = 2 * handle.options.size
         self._much = 4 * handle.options.size + 4 * _COMPANY
@@ -192,22 +203,54 @@ class Results:
                 os.write(self._wake_writer, b"!")
 
     def cancel_all(self) -> None:
-        """Cancels what is not finished, also what runs."""
+        """Cancels what is not finished, also what runs, and what will be cut off."""
+        self.abandoned = True
         for future in list(self.futures.values()):
             future.cancel()
 
     def close(self) -> None:
         """Nothing more will be submitted; the thread ends when all is done."""
         if os.getpid() == self.owner:
+            with self._counting:
+                self._closing = True
+                waits = self._chunks > 0
+            if not waits:
+                self.handle.close()
+                self.wake()
+
+    def begin_chunk(self) -> None:
+        """A chunk is sent; until it has ended, more may be."""
+        with self._counting:
+            self._chunks += 1
+
+    def end_chunk(self) -> None:
+        with self._counting:
+            self._chunks -= 1
+            due = self._closing and not self._chunks
+        if due:
             self.handle.close()
-            self.wake()
+
+    def send_more(self, future: TaskFuture[Any], body: bytes, soft: float, hard: float) -> None:
+        """From this thread: what had been submitted and was cut off. It waits for no room, and takes none."""
+        self.more += 1
+        if self.slots is not None:
+            self._more.add(future.job)
+        self.futures[future.job] = future
+        self.handle.submit(future.job, body, soft=soft, hard=hard, held=True)
+        if self.abandoned:  # whoever said so may not have seen this one
+            future.cancel()
+
+    def _frees_slot(self, job: int) -> bool:
+        if job in self._more:
+            self._more.remove(job)
+            return False
+        return job not in self.names  # a task with callbacks is unfinished until one of them has run
 
     def _run(self) -> None:
         try:
             while self.handle.fileno() >= 0:
                 self._wait()
-                for frame in self.handle.drain(starts=False):
-                    self._on_event(frame)
+                self._hear()
         except BaseException as exc:
             logger.critical("the thread that reads results has failed", exc_info=True)
             self.broken = BootError(f"the thread that reads results has failed: {exc!r}")
@@ -218,6 +261,10 @@ class Results:
             self.fail_all()
             os.close(self._wake_reader)
             os.close(self._wake_writer)
+
+    def _hear(self) -> None:
+        for frame in self.handle.drain(starts=False):  # no local of :meth:`_run`: the last one may be large
+            self._on_event(frame)
 
     def _wait(self) -> None:
         line = self.handle.fileno()
@@ -248,6 +295,9 @@ class Results:
         elif kind is Kind.PROGRESS:
             if (future := self.futures.get(frame.job)) is not None:
                 future.progress = Progress(frame.a, frame.b, frame.body.decode(errors="replace"))
+        elif kind is Kind.CUT:
+            if (future := self.futures.get(frame.job)) is not None:
+                future.cut(frame.body)
         elif kind is Kind.HOOK_ENDED:
             self._on_hook_ended(frame)
         elif kind is Kind.LOG:
@@ -263,7 +313,7 @@ class Results:
         else:
             state = "done" if succeeded else "failed"
         self.counts[state] += 1
-        if self.slots is not None and frame.job not in self.names:
+        if self.slots is not None and self._frees_slot(frame.job):
             self.slots.release()
         future = self.futures.pop(frame.job, None)
         if future is not None and not future.settle_unwatched(succeeded, value):
@@ -272,24 +322,25 @@ class Results:
     def _on_results(self, frame: Frame) -> None:
         took, futures, running = self.handle.took, self.futures, self.running
         ended: list[tuple[TaskFuture[Any] | None, bool, Any]] = []
-        done = 0
+        done = freed = 0
         for job, flag, _, _, body in results(frame):
             if took(job):
                 if running:
                     running.discard(job)
                 succeeded, value = open_outcome(flag, body)
                 done += succeeded
+                freed += self.slots is not None and self._frees_slot(job)
                 ended.append((futures.pop(job, None), succeeded, value))
         self.counts["done"] += done
         self.counts["failed"] += len(ended) - done
-        if self.slots is not None and ended:
-            self.slots.release(len(ended))
+        if self.slots is not None and freed:
+            self.slots.release(freed)
         watched: list[tuple[TaskFuture[Any], bool, Any]] = []
         with _gate:
             for future, succeeded, value in ended:
                 if future is None:
                     pass
-                elif future._made is not None or not succeeded:
+                elif type(future) is not TaskFuture or future._made is not None or not succeeded:
                     watched.append((future, succeeded, value))
                 else:  # as settle_unwatched
                     future._result = value
@@ -306,7 +357,7 @@ class Results:
 
     def _on_hook_ended(self, frame: Frame) -> None:
         if self.slots is not None and frame.job in self.names:
-            self.slots.release()  # a task with callbacks is unfinished until one of them has run
+            self.slots.release()
         name = self.names.pop(frame.job, "?")
         succeeded, error = open_outcome(frame.flag, frame.body)
         if not succeeded:

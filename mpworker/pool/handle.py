@@ -26,6 +26,7 @@ from typing import Any
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet, linux
+from mpworker.pool.bulk import Bulk
 from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
     CHUNK,
@@ -34,10 +35,11 @@ from mpworker.pool.frames import (
     FrameReader,
     Kind,
     Outbox,
+    carry,
+    carrying,
     encode,
     header,
     pack_start,
-    receive_fds,
     unpack_start,
 )
 from mpworker.pool.heirlooms import Heirlooms
@@ -67,6 +69,8 @@ _JOIN_BELOW = 1 << 16
 #: Jobs that travel in one bundle, and the bytes of a call that may.
 _BUNDLE = 256
 _SMALL = 2048
+#: What a callback is told if a new dispatcher has to run it, and its result got lost.
+_UNHEARD = pack_verdict(JobState.LOST, by_pool=True, why="its result could not be received")
 #: A small job without callbacks: its number, its call, soft and hard limit.
 _Plain = tuple[int, bytes, tuple[float, float]]
 
@@ -86,6 +90,8 @@ class PoolOptions:
     memory_limit: int = 0
     #: a successor is started before its predecessor has gone
     warm: bool = True
+    #: of what a job says, kept in memory that outlives its process
+    task_log: int = 0
     label: str = ""
 
     def to_json(self, heirlooms: Iterable[int] = ()) -> bytes:
@@ -128,11 +134,13 @@ class Handle:
         self._loose: deque[_Plain] = deque()  # sent by the next flush
         #: callbacks that have not ended, in order: hooks, kind of outcome, outcome; ``None`` once it runs
         self._hooked: dict[int, tuple[bytes, int, bytes] | None] = {}
+        self._limits = 0.0, 0.0
         self._outbox = Outbox()
         self._flushing = threading.Lock()
         #: what is noted here and what is put into the outbox change together
         self._mutex = threading.RLock()
-        self._reader = FrameReader("the dispatcher")
+        self._received: list[int] = []  # descriptors of pages
+        self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._pages: dict[int, Page] = {}  # by worker
         self._listed: set[int] = set()
         self._process: Any = None
@@ -149,7 +157,7 @@ class Handle:
         forked = self.options.start_method == "fork"
         launch, fds = fleet.launch_forked if forked else fleet.launch, self._heirlooms.fds
         self._process, self._line = launch(fds) if fds else launch()
-        self._reader = FrameReader("the dispatcher")
+        self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._outbox = Outbox()
         self._loose.clear()
         self._outbox.put(encode(Kind.BOOT, flag=int(self.ready), extra=self.options.to_json(fds), body=self._boot))
@@ -200,7 +208,16 @@ class Handle:
             except subprocess.TimeoutExpired:  # stopped, or stuck: its children die with it
                 self._process.kill()
                 self._process.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """All is over: what had been kept for another dispatcher is needed no more."""
         self._heirlooms.close()
+        with self._mutex:
+            self._sent.clear()
+            self._hooked.clear()
+            self._loose.clear()
+            self._outbox = Outbox()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -226,7 +243,10 @@ class Handle:
             held: the caller will call :meth:`flush`; until then, small ones gather to travel as one.
         """
         if held and not hooks and not memory and len(body) < _SMALL:
-            plain = job, body, (soft, hard)
+            limits = soft, hard
+            if limits != self._limits:  # most have the same, and share it
+                self._limits = limits
+            plain = job, body, self._limits
             with self._mutex:
                 self._sent[job] = plain
                 self._loose.append(plain)
@@ -312,7 +332,7 @@ class Handle:
                 return False  # whoever is at it will see what we appended
             try:
                 line = self._line
-                if line is None or not self._outbox.flush(line.send):
+                if line is None or not self._outbox.flush(line.send, carrying(line)):
                     return False
             except OSError:  # the dispatcher died; drain() notices
                 return False
@@ -328,16 +348,17 @@ class Handle:
         Args:
             starts: each DONE comes after a STARTED. Else that is left out where both are known at the same time.
 
-        That is STARTED, SOFT, PROGRESS, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN.
+        That is STARTED, SOFT, PROGRESS, CUT, DONE, ENDED, HOOK_QUEUED, HOOK_ENDED, LOG and BROKEN. What a job had said
+        is the ``extra`` of its ENDED.
 
         Each job has exactly one DONE or ENDED; what comes for it afterwards is dropped.
         """
         for _ in range(_READS_PER_DRAIN):
             line = self._line
-            data, fds = receive_fds(line) if line is not None else (None, [])
-            for fd in fds:
+            data = self._reader.receive(line) if line is not None else None
+            while self._received:
                 with contextlib.suppress(OSError, ProtocolError):
-                    page = Page(fd)
+                    page = Page(self._received.pop(0))
                     self._pages[page.worker] = page
             if data is None:
                 return
@@ -346,6 +367,8 @@ class Handle:
                 frames = self._reader.feed(data)
             except ProtocolError as exc:  # what came before counts
                 frames, fault = list(exc.before), exc
+            if self._reader.arrivals.claimed:
+                frames = self._confirm(frames)
             try:
                 for frame in frames:
                     if frame.kind is Kind.RESULTS and not whole(frame):
@@ -360,7 +383,7 @@ class Handle:
                     if self._note(frame):
                         if start is not None:
                             yield start
-                        yield frame
+                        yield self._with_log(frame)
                 if fault is not None:
                     raise fault
             except _SENSELESS as exc:
@@ -372,6 +395,31 @@ class Handle:
                 return
             if len(data) < CHUNK:
                 return  # that was all; else the line is still readable
+
+    def _confirm(self, frames: list[Frame]) -> list[Frame]:
+        """Says which large results have arrived: until then the dispatcher keeps them, and counts them as waiting. For
+        one that this process had no descriptor left it is asked again, and then it comes in bytes.
+
+        Returns:
+            the frames without those that come again.
+        """
+        claimed, self._reader.arrivals.claimed = self._reader.arrivals.claimed, []
+        lost = [frame for frame in frames if type(frame.body) is Bulk and frame.body.fd < 0]
+        kinds = (frame.kind for frame in lost)
+        flags = [is_lost and next(kinds) is Kind.DONE for is_lost in claimed]
+        self._send(*(encode(Kind.GOT, flag=int(flag)) for flag in flags))
+        if not lost:
+            return frames
+        for frame in lost:
+            # It has run, and its callback may run before the frame is here again.
+            if frame.kind is Kind.DONE and (start := unpack_start(frame)) is not None:
+                self._note(start)
+            sent = self._sent.get(frame.job)
+            if frame.kind is Kind.DONE and type(sent) is _Sent and sent.hooks:
+                self._hooked[frame.job] = sent.hooks, Outcome.VERDICT, _UNHEARD
+                sent.hooks = b""
+        left = [frame for frame in frames if frame.kind is not Kind.DONE or frame not in lost]
+        return [frame._replace(flag=Outcome.VERDICT, body=_UNHEARD) if frame in lost else frame for frame in left]
 
     def took(self, job: int) -> bool:
         """A job of a RESULTS frame is being settled.
@@ -409,7 +457,7 @@ class Handle:
             return False
         elif kind is Kind.HOOK_ENDED:
             self._hooked.pop(frame.job, None)
-        elif kind in (Kind.SOFT, Kind.PROGRESS):
+        elif kind in (Kind.SOFT, Kind.PROGRESS, Kind.CUT):
             return frame.job in self._sent
         elif kind is Kind.WORKERS:
             told = json.loads(frame.body)
@@ -438,19 +486,20 @@ class Handle:
         code = self._process.wait()
         if not self.finished:
             yield from self._read_pages()
+            yield from self._bury_started()
         for page in self._pages.values():
             page.close()
         self._pages.clear()
         self._listed.clear()
         self.workers = []
         if self.finished:
-            self._heirlooms.close()
+            self._let_go()
             return
-        yield from self._bury_started()
         self._flushed = self._flush_asked
         self._restarts += 1
         if self._restarts > (_MAX_KILLS if code == -signal.SIGKILL else _MAX_RESTARTS):
             self.finished = True
+            self._let_go()
             yield Frame(Kind.BROKEN, body=f"the dispatcher died {self._restarts} times in a row, exit {code}".encode())
             return
         logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
@@ -460,6 +509,7 @@ class Handle:
                 return
             if not self._restart():
                 self.finished = True
+                self._let_go()
                 yield Frame(Kind.BROKEN, body=b"the dispatcher died and no new one can be started")
                 return
             self.generation += 1
@@ -510,21 +560,34 @@ class Handle:
         facts = {"by_pool": True, "why": "the dispatcher died"}
         for job, call in self._hooked.copy().items():
             if call is None:
-                del self._hooked[job]
+                self._hooked.pop(job, None)
                 yield Frame(Kind.HOOK_ENDED, job, Outcome.VERDICT, body=pack_verdict(JobState.LOST, **facts))
         taken_back = pack_verdict(JobState.CANCELLED, reason="taken back before it started")
         for job, sent in self._sent.copy().items():
             waiting = type(sent) is not _Sent or sent.pieces is not None
             if waiting and self._flushed < self._flush_asked:
-                del self._sent[job]
+                self._sent.pop(job, None)
                 yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=taken_back)
             elif type(sent) is _Sent and not waiting:
-                del self._sent[job]
+                self._sent.pop(job, None)
                 runtime = max(0.0, time.monotonic() - sent.at)
                 body = pack_verdict(JobState.LOST, pid=sent.pid, runtime=runtime, **facts)
                 if sent.hooks:
                     self._hooked[job] = sent.hooks, Outcome.VERDICT, body
-                yield Frame(Kind.ENDED, job, Outcome.VERDICT, body=body)
+                yield self._with_log(Frame(Kind.ENDED, job, Outcome.VERDICT, body=body))
+
+    def log_of(self, job: int) -> bytes:
+        """What a job has said that runs, or whose process has just ended; nothing without ``task_log``."""
+        for page in list(self._pages.values()):
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                if page.tail is not None and (said := page.tail.read(job)):
+                    return said
+        return b""
+
+    def _with_log(self, frame: Frame) -> Frame:
+        if frame.kind is Kind.ENDED and self.options.task_log:
+            return frame._replace(extra=self.log_of(frame.job))
+        return frame
 
     def wait(self, timeout: float) -> bool:
         """Blocks until :meth:`drain` may have something, or :meth:`flush` may go on; for callers without a loop.
@@ -563,6 +626,8 @@ class Handle:
 def _submission(
     job: int, lane: Lane, flag: int, soft: float, hard: float, hooks: bytes, body: bytes
 ) -> tuple[bytes, ...]:
+    if type(body) is Bulk:
+        return (carry(Frame(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, hooks, body)),)
     head = header(Kind.SUBMIT, job, lane << 4 | flag, soft, hard, len(hooks), len(body))
     return (head + hooks + body,) if len(body) < _JOIN_BELOW else (head + hooks, body)
 

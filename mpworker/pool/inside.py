@@ -19,11 +19,12 @@ def current_slot() -> int | None:
 
 
 def progress(done: float, total: float, message: str = "") -> None:
-    """Tells how far the running task is: ``future.progress`` and ``ProcessPool.stats()`` show it.
+    """Tells how far the running task is: ``future.progress`` and ``ProcessPool.stats()`` show it. In a Celery task it
+    becomes the state ``PROGRESS`` and the event ``task-progress``.
 
-    Cheap enough for each turn of a tight loop: at most ten times in a second something is sent, and what is told in
-    between replaces the last word. It never waits; what the pool has no room for is left out. Does nothing outside a
-    task.
+    Cheap enough for each turn of a tight loop: at most ten times in a second (in a Celery task, once) something is
+    sent, and what is told in between replaces the last word. It never waits; what the pool has no room for is left
+    out. Does nothing outside a task.
 
     Args:
         done, total: in any unit.

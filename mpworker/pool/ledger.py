@@ -104,6 +104,7 @@ class Ledger:
             f.JobStarted: self._started,
             f.SoftLimitHit: self._soft,
             f.JobProgressed: self._progressed,
+            f.JobCut: self._cut,
             f.JobExpired: self._expired,
             f.HookCalled: self._hook_called,
             f.JobDone: self._done,
@@ -316,6 +317,7 @@ class Ledger:
             worker.deadline = inf
         self._settle_recall(job)
         if job.lane is _TASKS:
+            job.body = b""  # it never starts again
             self._tell(_STARTED, job.id, 0, at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
@@ -330,6 +332,10 @@ class Ledger:
     def _progressed(self, event: f.JobProgressed, now: float) -> None:
         if self._running(event) is not None and not self._parent_is_full:  # nobody needs it as much as its memory
             self._tell(Kind.PROGRESS, event.job, a=event.done, b=event.total, body=event.message)
+
+    def _cut(self, event: f.JobCut, now: float) -> None:
+        if self._running(event) is not None:
+            self._tell(Kind.CUT, event.job, body=event.report)
 
     def _expired(self, event: f.JobExpired, now: float) -> None:
         if (found := self._running(event)) is not None:
@@ -593,6 +599,7 @@ class Ledger:
             self._tell(Kind.ENDED, job.id, Outcome.VERDICT, body=body)
             if job.hooks:
                 self._hook(job.id, Outcome.VERDICT, job.hooks, body, now)
+        job.body = b""  # the job may stay for a while: in a queue, or with the dead worker, which it holds in turn
         self._settle_recall(job)
 
     def _hook(self, of: int, flag: int, hooks: bytes, body: bytes, now: float) -> None:

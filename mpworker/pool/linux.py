@@ -40,6 +40,23 @@ def native_threads() -> int:
         return 1
 
 
+class Queueing:
+    """How long a thread of this process has been ready to run and had no processor (scheduler statistics)."""
+
+    def __init__(self, thread: int) -> None:
+        try:
+            self._fd = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+        except OSError:
+            self._fd = -1
+
+    def seconds(self) -> float:
+        """So far; 0 where the kernel does not tell."""
+        try:
+            return int(os.pread(self._fd, 80, 0).split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs or may run; ``False`` for a zombie, and where the kernel does not tell."""
     try:

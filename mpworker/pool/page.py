@@ -14,12 +14,12 @@ import fcntl
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpworker.errors import ProtocolError
 from mpworker.pool.frames import Frame, Kind, encode
+from mpworker.pool.tail import Tail, size_for
 
 #: Results that may wait for company, and the bytes of all of them.
 MOST = 128
@@ -51,19 +51,25 @@ class Ran(NamedTuple):
     body: bytes
 
 
-def create() -> int:
+def create(kept: int = 0) -> int:
     """A descriptor of an empty page, which nobody can make smaller.
+
+    Args:
+        kept: bytes of what a job says that shall be kept (see :mod:`mpworker.pool.tail`).
 
     Raises:
         OSError: there is no memory or no descriptor.
     """
+    size = SIZE + size_for(kept)
     if not hasattr(os, "memfd_create"):
+        import tempfile  # here: it brings compressors and random numbers with it, and each start of a pool would wait
+
         with tempfile.TemporaryFile() as file:
-            os.ftruncate(file.fileno(), SIZE)
+            os.ftruncate(file.fileno(), size)
             return os.dup(file.fileno())
     fd = os.memfd_create("mpworker-page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, SIZE)
+        os.ftruncate(fd, size)
         # A page that shrinks under its reader would end it with SIGBUS.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError:
@@ -86,12 +92,15 @@ class Page:
             writable = mine or worker is not None
             if not writable and not _cannot_shrink(fd):
                 raise ProtocolError("the dispatcher sent a descriptor that is no page")
-            self._memory = mmap.mmap(fd, SIZE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+            size = os.fstat(fd).st_size
+            self._memory = mmap.mmap(fd, size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
             if mine and hasattr(fcntl, "F_ADD_SEALS"):
                 with contextlib.suppress(OSError):  # a kernel that is too old
                     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         finally:
             os.close(fd)
+        #: what the running job says, if that is kept
+        self.tail = Tail(self._memory, SIZE) if size >= SIZE + size_for(1) else None
         view = memoryview(self._memory)[:_RECORDS]
         self._cells, self._times = view.cast("Q"), view.cast("d")
         if worker is not None:
@@ -177,6 +186,8 @@ class Page:
     def close(self) -> None:
         for view in (self._cells, self._times):
             view.release()
+        if self.tail is not None:
+            self.tail.close()
         with contextlib.suppress(BufferError):
             self._memory.close()
 

@@ -3,19 +3,20 @@
 Owns pickling, the round-trip check for exceptions and the wording when either fails. Never touches a pipe. Only bytes
 that this node's own processes wrote are ever unpickled here; messages from a broker are not. A parcel ends with its
 checksum: :mod:`pickle` reserves what a length says before it looks for the bytes, so damaged ones never get that far.
+The bodies of calls and results are laid out by :mod:`mpworker.pool.bulk` when they are large.
 """
 
 from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from importlib import import_module
 from pickle import HIGHEST_PROTOCOL as _PROTOCOL
 from pickle import dumps, loads
 from sys import modules
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from zlib import crc32
 
@@ -28,10 +29,17 @@ from mpworker.errors import (
     TimeLimitExceeded,
     WorkerLost,
 )
+from mpworker.pool import bulk
+from mpworker.pool.bulk import FIRST, Bulk
 from mpworker.states import JobState
 
 #: CRC-32 of whatever ends with its own CRC-32, the lowest byte first.
 _SOUND = 0x2144DF1C
+#: What is never large, what may be, and where else to look for it: in a few levels of what has little in it.
+_SMALL = frozenset((int, float, bool, type(None), FunctionType, BuiltinFunctionType, type))
+_STRINGS, _A_BIT = frozenset((bytes, bytearray, str)), 4096
+_BOXES, _A_FEW, _LEVELS = frozenset((tuple, list, dict)), 16, 3
+_LARGE = 2
 
 
 class Outcome(IntEnum):
@@ -53,12 +61,50 @@ def _seal(obj: Any) -> bytes:
     return data + crc32(data).to_bytes(4, "little")
 
 
+def _seal_body(obj: Any, *values: Any) -> bytes:
+    """As :func:`_seal`; what is large may come in a descriptor.
+
+    Args:
+        values: what is in ``obj``, as far as it may be large.
+    """
+    weight = _weigh(values, _LEVELS)
+    if not weight:
+        return _seal(obj)
+    chunks, buffers = bulk.pickled(obj, weight == _LARGE)
+    if buffers or len(chunks) > 1 or len(chunks[0]) >= bulk.LARGE:
+        return bulk.lay_out(chunks, buffers)
+    return chunks[0] + crc32(chunks[0]).to_bytes(4, "little")
+
+
+def _weigh(values: Iterable[Any], levels: int) -> int:
+    """0: all of these are small, _LARGE: one is a large string of bytes; else pickling them will tell."""
+    weight = 0
+    for value in values:
+        kind = type(value)
+        if kind in _SMALL:
+            continue
+        if kind in _STRINGS:
+            if len(value) >= bulk.LARGE:
+                return _LARGE
+            if len(value) >= _A_BIT:  # of these there may be many
+                weight = 1
+        elif kind not in _BOXES or not levels or len(value) > _A_FEW:
+            weight = 1
+        elif value:
+            weight = max(weight, _weigh(value.values() if kind is dict else value, levels - 1))
+            if weight == _LARGE:
+                break
+    return weight
+
+
 def open_sealed(data: bytes) -> Any:
     """What is in a parcel; raises whatever unpickling it raises.
 
     Raises:
         PayloadError: its bytes have been damaged; nothing of them was unpickled.
     """
+    if type(data) is Bulk or data[:1] == FIRST:
+        return bulk.load(data)
     if crc32(data) != _SOUND:
         raise _damaged(data)
     return loads(data)  # which ends before the checksum
@@ -115,21 +161,22 @@ def pack_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         PayloadError: the function or an argument cannot be pickled.
     """
     try:
+        call: tuple[Any, ...] = fn, args, kwargs
         if type(fn) is FunctionType:
             module, name = fn.__module__, fn.__qualname__
             # As pickle does, which takes several times as long for it, here and in the worker.
             if getattr(modules.get(module), name, None) is fn:
-                return _seal((module, name, args, kwargs))
-        return _seal((fn, args, kwargs))
+                call = module, name, args, kwargs
+        if not kwargs and type(fn) in _SMALL and _SMALL.issuperset(map(type, args)):
+            return _seal(call)
+        return _seal_body(call, *call)
     except Exception as exc:
         raise PayloadError(f"the call of {name_of(fn)} cannot be pickled: {type(exc).__name__}: {exc}") from exc
 
 
 def open_call(data: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """What :func:`pack_call` packed: function, arguments, keyword arguments; raises whatever unpickling them raises."""
-    if crc32(data) != _SOUND:
-        raise _damaged(data)
-    call = loads(data)
+    call = open_sealed(data)
     if len(call) == 3:
         return call  # type: ignore[no-any-return]
     module, name, args, kwargs = call
@@ -178,10 +225,14 @@ def unpack_error(body: bytes) -> BaseException:
     return exc
 
 
-def pack_outcome(value: Any) -> tuple[Outcome, bytes]:
-    """Packs a task's result; one that cannot be pickled becomes the task's error."""
+def pack_outcome(value: Any, *, within: bool = False) -> tuple[Outcome, bytes]:
+    """Packs a task's result; one that cannot be pickled becomes the task's error.
+
+    Args:
+        within: it will travel in another parcel, and so in no descriptor of its own.
+    """
     try:
-        return _VALUE, _seal(value)
+        return _VALUE, _seal(value) if within or type(value) in _SMALL else _seal_body(value, value)
     except BaseException as exc:  # also sys.exit in a __reduce__, which the task did not ask for
         error = PayloadError(f"the result, a {name_of(type(value))}, cannot be pickled: {type(exc).__name__}: {exc}")
         error.__cause__ = exc

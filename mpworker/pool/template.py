@@ -5,6 +5,7 @@ Owns the forking. Runs the preload and nothing else of the user's; never runs a 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -46,12 +47,12 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         try:
             booting.prepare(boot)
         except BaseException as exc:  # sys.exit in a module is a failure like any other
-            line.sendall(encode(Kind.UNREADY, body=booting.explain(exc, "loading the application").encode()))
+            _say(line, encode(Kind.UNREADY, body=booting.explain(exc, "loading the application").encode()))
             return
         gc.collect()
     # What is there now is never looked at by a worker's garbage collector, so that its memory stays shared.
     gc.freeze()
-    line.sendall(encode(Kind.READY, a=float(_threads_that_stay())))
+    _say(line, encode(Kind.READY, a=float(_threads_that_stay())))
     prepared = not preload or bool(frame.flag)
     while True:
         request, fds = _receive(line)
@@ -59,6 +60,11 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
             return
         if request.kind is Kind.FORK and len(fds) == 3:
             _fork(line, request, fds, boot, dispatcher, prepared)
+
+
+def _say(line: socket.socket, word: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # the dispatcher is gone, as the next read tells
+        line.sendall(word)
 
 
 def _threads_that_stay() -> int:

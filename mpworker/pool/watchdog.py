@@ -1,4 +1,5 @@
-"""The second thread of a worker: soft limit, hard limit, hand back, and the dispatcher's word while a task runs.
+"""The second thread of a worker: soft limit, hard limit, hand back, the cut of a chunk, and the dispatcher's word while
+a task runs.
 
 Owns the clock of the current job. Never runs user code. It cannot run while C code holds the GIL or while the process
 is stopped, which is why the dispatcher holds the same deadline and a little grace.
@@ -17,6 +18,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from mpworker.errors import ProtocolError
+from mpworker.pool import linux
 from mpworker.pool.frames import CHUNK, LONGEST_WAIT, Frame, FrameReader, Kind, encode
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ class Watchdog(threading.Thread):
 
     #: Seconds after which a job counts as long and those behind it go back to the dispatcher.
     HAND_BACK = 0.004
-    #: … if it is not done so many seconds later.
+    #: … if it is not done so many seconds later, in which it could run …
     MOMENT = 0.002
+    #: … or at all.
+    LATEST = 0.015
 
     def __init__(self, worker: Worker, control: socket.socket) -> None:
         super().__init__(name="mpworker-watchdog", daemon=True)
@@ -62,6 +66,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        self._queueing = linux.Queueing(threading.main_thread().native_id or 0)
         poll, worker = select.poll(), self._worker
         poll.register(self._control, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
@@ -84,12 +89,14 @@ class Watchdog(threading.Thread):
         """Does what is due and returns when to look again."""
         worker = self._worker
         returned: list[int] = []
-        soft = stack = None
+        soft = stack = cut = None
         with worker.gate:
             current = worker.current
             self._reading = False
             if current is None:
                 return now + self.HAND_BACK if now < worker.began + _LINGER else inf
+            if (chunk := worker.chunk) is not None and now >= chunk.due and chunk.look(current, now):
+                cut = chunk
             if now >= current.hard_at:
                 worker.doomed = True
                 stack = worker.stack()
@@ -100,15 +107,19 @@ class Watchdog(threading.Thread):
             elif current.unheard:
                 worker.nudge()
             if current.batched and not current.slow and now >= current.started + self.HAND_BACK:
-                current.slow = now  # perhaps the whole process had to wait for a processor: it gets a moment
-            elif current.batched and current.slow and now >= current.slow + self.MOMENT:
+                current.slow, current.queued = now, self._queueing.seconds()
+            elif current.batched and current.slow and now >= current.slow + self.MOMENT and not self._held_up(now):
                 current.long = self._reading = True
                 try:
                     returned = worker.hand_back()
                 except ProtocolError:  # as at the end of the line: nobody can reach us any more
                     os.killpg(os.getpgrp(), signal.SIGKILL)
-        if stack is not None or soft is not None or current.long:
+        if stack is not None or soft is not None or cut is not None or current.long:
             self._announce(current)
+        if cut is not None and current.quiet:  # nobody would know what is spoken of
+            cut.due = now + self.MOMENT
+        elif cut is not None:
+            worker.send(cut.word(current.job))
         if stack is not None:
             worker.send_now(encode(Kind.EXPIRED, current.job, a=current.hard, body=stack.encode()), 0.1)
             self._die()
@@ -116,6 +127,17 @@ class Watchdog(threading.Thread):
             worker.send(encode(Kind.SOFT, current.job, a=soft))
         self._give_back(returned)
         return min(worker.alarm(), now + _NUDGE if current.unheard else inf)
+
+    def _held_up(self, now: float) -> bool:
+        """Whether the job seems long only because its thread had no processor; then it gets another moment."""
+        current = self._worker.current
+        if current is None or current.long or now >= current.started + self.LATEST:
+            return False
+        queued = self._queueing.seconds()
+        if now - current.slow - (queued - current.queued) >= self.MOMENT / 2:
+            return False
+        current.slow, current.queued = now, queued
+        return True
 
     def _announce(self, current: Current) -> None:
         """A job of a bundle turns out long: now the dispatcher must know of it, and of those that were done before."""

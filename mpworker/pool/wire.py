@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import array
 import os
 import selectors
 import socket
 from collections.abc import Callable
 
-from mpworker.pool.frames import Frame, Outbox
+from mpworker.pool.frames import Carrier, Frame, Outbox, send_fds
 
 #: Descriptors that one message may carry.
 _MOST_FDS = 200
@@ -31,11 +30,12 @@ class Wire:
         """A copy of the descriptor travels with what is sent next."""
         self._fds.append(os.dup(fd))
 
-    def _send_fds(self, data: bytes | memoryview) -> int:
-        if not self._fds:
-            return self.sock.send(data)
+    def send(self, piece: bytes | memoryview) -> int:
+        """For an outbox to flush with."""
+        if not self._fds and type(piece) is not Carrier:
+            return self.sock.send(piece)
         some = self._fds[:_MOST_FDS]
-        sent = self.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", some))])
+        sent = send_fds(self.sock, piece, *some)
         del self._fds[:_MOST_FDS]
         for fd in some:
             os.close(fd)
@@ -46,7 +46,7 @@ class Wire:
         if not self._registered:
             return
         try:
-            empty = self.outbox.flush(self._send_fds)
+            empty = self.outbox.flush(self.send, self.send)
         except OSError:
             empty = True
         wanted = selectors.EVENT_READ if empty else selectors.EVENT_READ | selectors.EVENT_WRITE

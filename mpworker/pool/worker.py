@@ -30,14 +30,16 @@ from typing import Any, NoReturn
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
 from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool.bulk import Bulk
+from mpworker.pool.chunks import Run
 from mpworker.pool.facts import NO_SLOT, Lane, open_span
-from mpworker.pool.frames import BATCHED, CHUNK, RATIONED, Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, carrying, encode, header
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_call, pack_error, pack_outcome
 from mpworker.pool.watchdog import Watchdog
 
-#: Seconds between two words on a job's progress, and what a word may hold.
+#: Seconds between two words on a job's progress, if nobody says otherwise, and what a word may hold.
 _PROGRESS_PAUSE = 0.1
 _PROGRESS_TEXT = 200
 #: Exit code of a worker that could not get ready (sysexits.h: EX_SOFTWARE).
@@ -63,8 +65,9 @@ _LITTLE = 0.0005
 class Current:
     """The job in the task thread. Times are ``time.monotonic()``, limits seconds."""
 
-    #: since when it seems to be long, or 0
+    #: since when it seems to be long, or 0; and how long its thread had had no processor by then
     slow: float = 0.0
+    queued: float = 0.0
     #: it runs for so long that those behind it have been handed back
     long: bool = False
     #: when it may tell its progress again, and what it has not told since
@@ -98,14 +101,16 @@ class Worker:
 
     def __init__(self, data: socket.socket, control: socket.socket, page: Page, lane: Lane, slot: int) -> None:
         self.data, self.page, self.lane, self.slot = data, page, lane, slot
-        #: guards inbox, current, revoked, doomed: the boundary between two jobs
+        #: guards inbox, current, chunk, revoked, doomed: the boundary between two jobs
         self.gate = threading.Lock()
         self.inbox: deque[Frame] = deque()
         self.current: Current | None = None
+        #: what the current job is, if it is a chunk of several items
+        self.chunk: Run | None = None
         self.revoked: dict[int, None] = {}
         self.doomed = False
         self._fd = data.fileno()
-        self._reader = FrameReader("the dispatcher")
+        self._reader = FrameReader("the dispatcher", forgiving=True)
         self._sending = threading.Lock()
         self._unsent = b""
         self._sent_at = 0.0
@@ -116,6 +121,10 @@ class Worker:
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
+        #: seconds between two words on a job's progress
+        self.progress_pause = _PROGRESS_PAUSE
+        #: hears each of those words as well: job, done, total, message; in any thread
+        self.on_progress: Callable[[int, float, float, str], None] | None = None
         #: this is a fork of the worker, which a task has made
         self.forked = False
         self._soft_error: Any = None
@@ -165,11 +174,7 @@ class Worker:
     def _wait_for_slot(self) -> None:
         """For a spare: blocks until the one is gone whose place it takes."""
         while self.slot == NO_SLOT:
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 os._exit(0)  # nothing of the user's is open yet
             with self.gate:
                 self.take(received)
@@ -183,11 +188,7 @@ class Worker:
             if self._leaving:
                 return None
             self.send()
-            try:
-                received = self.data.recv(CHUNK)
-            except ConnectionError:
-                received = b""
-            if not received:
+            if not (received := self._reader.receive(self.data)):
                 return None
             with self.gate:
                 self.take(received)
@@ -224,6 +225,17 @@ class Worker:
         except OSError:  # the dispatcher is gone, and so is the reason to live
             os._exit(EX_UNREADY)
 
+    def _send_bulk(self, frame: Frame) -> None:
+        """As :meth:`send`, for a frame whose body is a descriptor."""
+        self.send()
+        box = Outbox()
+        box.put_frame(frame)
+        try:
+            with self._sending:
+                box.flush(self.data.send, carrying(self.data))
+        except OSError:
+            os._exit(EX_UNREADY)
+
     def _send_unsent(self) -> None:
         unsent, self._unsent = self._unsent, b""
         if unsent:
@@ -252,7 +264,8 @@ class Worker:
 
     def _execute(self, frame: Frame) -> None:
         """One job. What each of a bundle's tiny ones needs is done here, without calls where they can be spared."""
-        kind, job, flag, soft, hard, _, _ = frame
+        kind, job, flag, soft, hard, _, body = frame
+        lost = type(body) is Bulk and body.fd < 0
         quiet = kind is _BUNDLE
         if quiet and self._unsent:
             self.send()
@@ -261,11 +274,11 @@ class Worker:
         self.began = started
         current = Current(job, started, soft, hard, flag & BATCHED != 0, quiet)
         with self.gate:
-            if not (revoked := job in self.revoked):
+            if not (revoked := lost or job in self.revoked):
                 self.current = current
         if revoked:
-            del self.revoked[job]
-            self.send(encode(Kind.RETURNED, job))
+            self.revoked.pop(job, None)
+            self.send(encode(Kind.RETURNED, job, int(lost)))
             return
         if soft or flag & RATIONED:
             self._arm()
@@ -343,6 +356,9 @@ class Worker:
         if runtime > _LITTLE:
             self._read_at = -inf
         peak = self._peak
+        if type(body) is Bulk:
+            self._send_bulk(Frame(Kind.DONE, job, flag, runtime, peak, b"", body))
+            return
         head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
         if self.inbox and len(body) < _JOIN_BELOW:
             # It leaves together with the next STARTED, before that job runs.
@@ -364,7 +380,7 @@ class Worker:
                 if self.lane is _HOOKS:
                     callbacks.run(frame.extra, frame.flag & ~BATCHED, frame.body)
                 else:
-                    function, args, kwargs = self._unpack_call(frame.body)
+                    function, args, kwargs = self.unpack(frame.body, open_call)
                     value = function(*args, **kwargs)
                     if type(value) is CoroutineType:
                         value = coroutines.settle(value)
@@ -386,27 +402,45 @@ class Worker:
         """
         if self.current is None:
             return
-        with self._uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
+        with self.uninterrupted():  # sent now: should this process die before DONE, the task has ended all the same
             self.announce()
-            self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+            if type(body) is Bulk:
+                self._send_bulk(Frame(Kind.CALL, self.current.job, flag, 0.0, 0.0, hooks, body))
+            else:
+                self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""
-        current, word = self.current, (float(done), float(total), str(message))
+        try:
+            current, word = self.current, (float(done), float(total), str(message))
+        except OverflowError:
+            raise ValueError("progress is told in numbers that fit into a float") from None
         if current is None:
             return
         current.untold = word
         if (now := monotonic()) < current.tell_at:
             return
-        current.tell_at = now + _PROGRESS_PAUSE
-        with self._uninterrupted():
+        current.tell_at = now + self.progress_pause
+        self._tell(current, word)
+
+    def tell_untold(self) -> None:
+        """Passes on, in any thread, what the job has told last, if that has not left yet."""
+        if (current := self.current) is not None and (word := current.untold) is not None:
+            current.tell_at = monotonic() + self.progress_pause
+            self._tell(current, word)
+
+    def _tell(self, current: Current, word: tuple[float, float, str]) -> None:
+        with self.uninterrupted():
             self.announce()
             if self.send_now(_progress(current.job, word), 0.0) and current.untold is word:
                 current.untold = None
+            if self.on_progress is not None:
+                done, total, message = word
+                self.on_progress(current.job, done, total, message[:_PROGRESS_TEXT])
 
     @contextlib.contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
-        """The soft limit must not cut a frame in two; it follows at once."""
+    def uninterrupted(self) -> Iterator[None]:
+        """The soft limit must not cut in two what is done here, such as a frame; it follows at once."""
         if threading.current_thread() is not threading.main_thread():  # where signals do not come
             yield
             return
@@ -419,6 +453,28 @@ class Worker:
             self._soft_due = False
             self._strike(sys._getframe())
 
+    # -- for a chunk ---------------------------------------------------------------------------------------------
+
+    def begin_chunk(self, run: Run) -> None:
+        """The current job is a chunk: its limits are those of an item, and the watchdog arms them when it looks."""
+        with self.gate:
+            if self.current is not None:
+                self.current.soft_at = self.current.hard_at = inf
+            self.chunk = run
+        if run.due < self.watchdog.wakes_at:
+            self.watchdog.wake(run.due)
+
+    def end_chunk(self) -> None:
+        with self.gate:
+            self.chunk = None
+
+    def heed(self) -> None:
+        """From here on the task may be interrupted; at once if that is due."""
+        self._interruptible = True
+        if self._soft_due:
+            self._soft_due = False
+            self._raise_soft()
+
     # -- for the watchdog ----------------------------------------------------------------------------------------
 
     def alarm(self) -> float:
@@ -427,15 +483,16 @@ class Worker:
         if current is None:
             return inf
         alarm = min(current.soft_at, current.hard_at)
+        if (chunk := self.chunk) is not None:
+            alarm = min(alarm, chunk.due)
         if not current.batched or current.long:
             return alarm
         return min(alarm, current.slow + Watchdog.MOMENT if current.slow else current.started + _HAND_BACK)
 
     def hand_back(self) -> list[int]:
         """Empties the inbox, unread frames included. The caller holds the gate while a job runs."""
-        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
-            if received := self.data.recv(CHUNK, socket.MSG_DONTWAIT):
-                self.take(received)
+        if received := self._reader.receive(self.data, socket.MSG_DONTWAIT):
+            self.take(received)
         jobs = [frame.job for frame in reversed(self.inbox)]
         self.inbox.clear()
         return jobs
@@ -499,13 +556,17 @@ class Worker:
         self._soft_raised = error
         return error
 
-    def _unpack_call(self, body: bytes) -> Any:
+    def unpack(self, body: bytes, read: Callable[[bytes], Any]) -> Any:
+        """What the task brings, as ``read`` reads it."""
         try:
-            return open_call(body)
+            return read(body)
         except BaseException as exc:  # unpickling runs whatever __reduce__ names, sys.exit too
             if exc is self._soft_raised:
                 raise
             raise PayloadError(f"the call cannot be unpickled in the worker: {type(exc).__name__}: {exc}") from exc
+        finally:
+            if type(body) is Bulk:
+                body.close()  # its memory need not wait for the end of the task
 
 
 def _progress(job: int, word: tuple[float, float, str]) -> bytes:

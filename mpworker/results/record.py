@@ -114,10 +114,14 @@ class Record:
     payload: str | bytes | None = None
     #: seconds that Redis keeps it, counted from :attr:`timestamp`; ``None``: for ever
     expires: int | None = None
+    #: the last of what the task printed and logged; ``None`` where that is not kept, or nothing
+    log: str | None = None
     #: Redis has the result, or needs it no more
     shipped: bool = False
     #: Redis held a SUCCESS of this task already, so this record was not written there and counts for nothing
     superseded: bool = False
+    #: its message has killed too many workers and is kept as dead; lines of others do not mention it
+    dead: bool = False
 
     def to_line(self) -> bytes:
         """The line with its newline. Never fails on a result: what JSON cannot hold becomes a repr."""
@@ -137,6 +141,10 @@ class Record:
         else:
             after["payload"] = self.payload
         after["expires"] = self.expires
+        if self.dead:
+            after["dead"] = True
+        if self.log is not None:
+            after["log"] = self.log
         body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
         return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
 
@@ -160,6 +168,7 @@ class Record:
         runtime = values.get("runtime")
         if runtime is not None and not isinstance(runtime, int | float):
             raise ValueError("runtime must be a number of seconds")
+        values["dead"] = values.get("dead") is True
         return cls(**values, shipped=bool(mark), superseded=mark == 2)
 
     @property

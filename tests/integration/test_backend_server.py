@@ -247,6 +247,29 @@ def test_a_server_that_refuses(server: Server, folder: Path, caplog: pytest.LogC
         assert lines(folder)["c"].shipped
 
 
+def test_progress_never_replaces_an_end_nor_a_newer_word(server: Server, folder: Path) -> None:
+    backend, client = backend_of(server), server.client()
+    told = {"done": 1.0, "total": 2.0, "message": "\u00e9"}
+
+    def state_after(at: float) -> str:
+        backend.store_progress("a", told, None, at)
+        return str(backend.get_task_meta("a", cache=False)["status"])
+
+    client.config_resetstat()
+    assert state_after(1000.0) == "PROGRESS"
+    backend.store_progress("a", {**told, "done": 0.5}, None, 999.0)
+    assert backend.get_task_meta("a", cache=False)["result"] == told
+    backend.store_progress("a", {**told, "done": 0.7}, None, 5.0)  # by a clock that is wrong, or has been
+    assert backend.get_task_meta("a", cache=False)["result"]["done"] == 0.7
+    for state in ("RETRY", "FAILURE", "REVOKED", "SUCCESS"):
+        backend.store_result("a", ValueError("x") if state != "SUCCESS" else 1, state)
+        assert state_after(2000.0) == ("PROGRESS" if state == "RETRY" else state)
+    assert "cmdstat_evalsha" in client.info("commandstats")
+    assert {entry.record.status for entry in read_entries(Journal.files(folder))} == {
+        *["RETRY", "FAILURE", "REVOKED", "SUCCESS"]
+    }
+
+
 def test_a_server_without_scripts_gets_plain_commands(server: Server, folder: Path) -> None:
     server.client().execute_command("ACL", "SETUSER", "default", "-@scripting")
     backend = backend_of(server)

@@ -47,6 +47,8 @@ def only(shop, before):
     assert note["pid"] in node.pids("mpworker: callbacks")
     assert note["pid"] != node.pid
     assert note["pid"] not in {note["pid"] for note in node.notes.read("run")}
+    # With a log file named by %i each process has its own; the main process has 0.
+    assert note["log_file"] not in {"0", *(note["log_file"] for note in node.notes.read("run"))}
     return note
 
 

@@ -88,7 +88,8 @@ def test_what_waits_costs_the_dispatcher_what_it_weighs_and_a_little(tmp_path: P
         before = rss(dispatcher)
         for _ in range(count):
             pool.submit(len, bytes(payload))
-        wait_until(lambda: not pool._core.handle.wants_write, what="the dispatcher has it all")  # type: ignore[union-attr]
+        handle = pool._core.handle  # type: ignore[union-attr]
+        wait_until(lambda: handle.waiting == handle.loose, what="the dispatcher has all but what waits for company")
         each = (rss(dispatcher) - before) / count
         print(f"{each:.0f} bytes of the dispatcher per queued job of {payload} bytes")
         assert payload * 0.9 < each < payload + 1500

@@ -59,6 +59,7 @@ def test_outside_a_task_it_does_nothing(pool: ProcessPool) -> None:
     assert ProcessPool(1).stats()["progress"] == {}
     error = pool.submit(mpworker.progress, "one", 2).exception(PATIENCE)  # type: ignore[arg-type]
     assert isinstance(error, ValueError)
+    assert isinstance(pool.submit(mpworker.progress, 10**400, 1).exception(PATIENCE), ValueError)
 
 
 def tell_from_a_thread() -> None:

@@ -270,3 +270,38 @@ held = threading.Lock()
 
 def take_lock() -> bool:
     return held.acquire(timeout=1.0)
+
+
+def test_threads_that_end_by_themselves_when_the_process_forks_do_not_matter(tmp_path: Path) -> None:
+    """As those of OpenBLAS do, which numpy brings."""
+    (tmp_path / "blas.py").write_text(
+        """
+import _thread, os, threading
+begun, end = threading.Event(), threading.Event()
+def work():
+    begun.set()
+    end.wait()
+def stop():
+    end.set()
+    while len(os.listdir("/proc/self/task")) > 1:
+        pass
+_thread.start_new_thread(work, ())
+begun.wait()
+os.register_at_fork(before=stop)
+"""
+    )
+    script = """
+import logging, sys
+from mpworker import ProcessPool
+def loaded():
+    return sys.modules["blas"].begun.is_set()
+if __name__ == "__mp_main__":
+    import blas
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO", format="%(message)s")
+    with ProcessPool(1) as pool:
+        print(pool.submit(loaded).result(30))
+"""
+    ended = support.run_script(script, tmp_path)
+    assert (ended.code, ended.out) == (0, "True\n"), ended.err
+    assert "spawn" not in ended.err

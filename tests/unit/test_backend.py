@@ -240,6 +240,36 @@ def test_success_is_never_overwritten(folder: Path, journal: Journal) -> None:
     assert [r.status for r in ResultStore(folder).query()] == ["SUCCESS", "SUCCESS"]
 
 
+def progress(backend: FakeBackend, done: int, at: float | None = None) -> None:
+    backend.store_progress("a", {"done": done, "total": 9, "message": ""}, request(), at)
+
+
+def test_progress_is_a_state_in_redis_alone(folder: Path, journal: Journal) -> None:
+    backend = backend_of(result_expires=60)
+    progress(backend, 1)
+    meta = backend.get_task_meta("a", cache=False)
+    assert (meta["status"], meta["result"]) == ("PROGRESS", {"done": 1, "total": 9, "message": ""})
+    assert 0 < backend.client.ttl("celery-task-meta-a") <= 60
+    assert lines(folder) == []
+    backend.down = redis.ConnectionError("gone")
+    progress(backend, 2)  # nobody is disturbed
+
+
+def test_progress_never_replaces_an_end_nor_a_newer_word(folder: Path, journal: Journal) -> None:
+    backend = backend_of()
+    backend.store_result("a", None, "RETRY", request=request())
+    progress(backend, 2, 1000.0)
+    progress(backend, 1, 999.5)
+    assert backend.get_task_meta("a", cache=False)["result"]["done"] == 2
+    progress(backend, 3, 500.0)  # by a clock that is wrong, or has been
+    assert backend.get_task_meta("a", cache=False)["result"]["done"] == 3
+    for state in ("FAILURE", "REVOKED", "SUCCESS"):
+        backend.store_result("a", KeyError("x") if state != "SUCCESS" else 1, state, request=request())
+        progress(backend, 4)
+        assert backend.get_state("a") == state
+        assert backend.get_task_meta("a", cache=False)["status"] == state
+
+
 COMPRESSED = pytest.param(
     {"result_compression": "gzip"},
     marks=pytest.mark.skipif(BEFORE_5_7, reason="result_compression is new in Celery 5.7"),

@@ -27,6 +27,8 @@ EXAMPLES = [
     TimeLimitExceeded(2.0),
     errors.MemoryLimitExceeded(2**29, 2**30),
     errors.TaskCancelled("why"),
+    errors.PoisonMessage("why"),
+    errors.RequeueError("why"),
     Lost(7, None, 9, 2**20, True),
     Lost(7, None, 9, 2**30, False, "why", 2**20, 1.5, True),
 ]

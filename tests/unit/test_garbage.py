@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import socket
+import struct
+import threading
 from collections.abc import Iterator
 from math import inf, nan
 from typing import Any
@@ -20,12 +22,13 @@ from mpworker.pool import dispatcher as dispatchers
 from mpworker.pool import facts as f
 from mpworker.pool import fleet as fleets
 from mpworker.pool import page as pages
+from mpworker.pool.bulk import LARGE, Bulk
 from mpworker.pool.facts import Lane
 from mpworker.pool.fleet import Crew, Exit
-from mpworker.pool.frames import Frame, FrameReader, Kind, encode, header
+from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, carrying, encode, header
 from mpworker.pool.futures import Results, TaskFuture
 from mpworker.pool.handle import Handle, PoolOptions
-from mpworker.pool.parcel import Outcome, open_verdict, pack, pack_call
+from mpworker.pool.parcel import Outcome, open_outcome, open_verdict, pack, pack_call, pack_outcome
 from mpworker.states import JobState
 
 NUMBER = st.sampled_from([0.0, 1.0, nan, inf, -inf, -1.0, 5e-324, 1e300]) | st.floats()
@@ -37,8 +40,31 @@ FRAME = st.builds(encode, st.sampled_from(Kind), JOB, st.integers(0, 255), NUMBE
 LIE = st.builds(
     header, st.sampled_from(Kind), JOB, st.integers(0, 255), NUMBER, NUMBER, JOB.map(lambda n: n % 2**32), JOB
 )
-GARBAGE = st.lists(FRAME | FRAME | LIE | st.binary(min_size=1, max_size=80), min_size=1, max_size=6).map(b"".join)
+#: Says that a descriptor belongs to it.
+TICKET = st.builds(
+    lambda kind, job, flag, number, size: carry(
+        Frame(kind, job, flag, number, number, b"", Bulk(struct.pack("<QQ", job, size), -1))
+    ),
+    st.sampled_from(Kind),
+    JOB,
+    st.integers(0, 255),
+    NUMBER,
+    JOB,
+)
+GARBAGE = st.lists(FRAME | FRAME | LIE | TICKET | st.binary(min_size=1, max_size=80), min_size=1, max_size=6).map(
+    b"".join
+)
 FIRST_PID = 1 << 30  # of processes that there are not
+
+
+def lie(kind: Kind) -> bytes:
+    """A frame that says that it has a descriptor, and has none."""
+    return carry(Frame(kind, 1, body=Bulk(struct.pack("<QQ", 1, 1 << 50), -1)))
+
+
+def large(kind: Kind, job: int, **more: Any) -> Frame:
+    """A frame that has one."""
+    return Frame(kind, job, **more, body=pack_outcome(os.urandom(LARGE))[1])
 
 
 class Fleet(fleets.Fleet):
@@ -90,13 +116,16 @@ class Stage:
         for key, mask in self.it._selector.select(0):
             key.data.handle(mask)
         self.it._flush()
-        try:
-            return self.heard.feed(self.parent.recv(1 << 20))
-        except BlockingIOError:
-            return []
+        return self.heard.feed(self.heard.receive(self.parent) or b"")
 
     def say(self, worker: int, data: bytes) -> list[Frame]:
         self.fleet.theirs[worker].sendall(data)
+        return self.turn()
+
+    def say_large(self, worker: int, frame: Frame) -> list[Frame]:
+        box = Outbox()
+        box.put_frame(frame)
+        assert box.flush(self.fleet.theirs[worker].send, carrying(self.fleet.theirs[worker]))
         return self.turn()
 
     def ask(self, data: bytes) -> list[Frame]:
@@ -142,12 +171,25 @@ def test_a_worker_that_says_anything_harms_only_its_own_task(garbage: bytes, cut
     [
         (b"\0" * 60, "worker 0 sent bytes that are no frame"),
         (encode(Kind.SUBMIT, 9), "worker 0 sent a SUBMIT frame, which is not its to send"),
+        (lie(Kind.DONE), "worker 0 sent a frame without the descriptor that belongs to it"),
+        (lie(Kind.CALL), "worker 0 sent a frame without the descriptor that belongs to it"),
+        (lie(Kind.STARTED), "worker 0 sent bytes that are no frame"),
         (encode(Kind.HELLO, FIRST_PID + 1), "worker 0 is not a child of the dispatcher"),
         (encode(Kind.HELLO, 0), "worker 0 is not a child of the dispatcher"),
         (encode(Kind.HELLO, (1 << 64) - 1), "worker 0 is not a child of the dispatcher"),
         (header(Kind.DONE, 1, 0, 0.0, 0.0, 0, 1 << 50), "worker 0 sent bytes that are no frame"),
     ],
-    ids=["noise", "kind", "another's number", "nobody's number", "no number", "length"],
+    ids=[
+        "noise",
+        "kind",
+        "no descriptor",
+        "no descriptor for a callback",
+        "descriptor",
+        "another's number",
+        "nobody's number",
+        "no number",
+        "length",
+    ],
 )
 @pytest.mark.parametrize("done", [False, True])
 def test_a_worker_that_sends_garbage_is_killed_and_what_it_said_before_counts(
@@ -271,12 +313,14 @@ def test_a_parent_takes_anything_from_its_dispatcher_and_settles_every_job_once(
     [
         (b"\0" * 60, "the dispatcher sent bytes that are no frame"),
         (encode(Kind.SUBMIT, 9), "the dispatcher sent a SUBMIT frame, which is not its to send"),
+        (lie(Kind.DONE), "the dispatcher sent a frame without the descriptor that belongs to it"),
+        (lie(Kind.ENDED), "the dispatcher sent bytes that are no frame"),
         (encode(Kind.WORKERS, body=b"["), "the dispatcher cannot be understood"),
         (encode(Kind.STARTED, 2, b=nan), "the dispatcher cannot be understood"),
         (encode(Kind.RESULTS, extra=b"x" * 30, body=b"y"), "the dispatcher sent damaged results"),
         (header(Kind.DONE, 1, 0, 0.0, 0.0, 0, 1 << 60), "the dispatcher sent bytes that are no frame"),
     ],
-    ids=["noise", "kind", "body", "number", "results", "length"],
+    ids=["noise", "kind", "no descriptor", "descriptor", "body", "number", "results", "length"],
 )
 def test_a_dispatcher_that_makes_no_sense_is_named_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, garbage: bytes, word: str
@@ -293,6 +337,70 @@ def test_a_dispatcher_that_makes_no_sense_is_named_and_replaced(
         assert listener.futures[1].result(0) == 8
     finally:
         listener.close()
+
+
+def test_large_results_count_for_as_long_as_the_parent_has_not_got_them(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatchers, "PARENT_HIGH_WATER", LARGE)
+    outbox, workers = stage.it._parent.outbox, stage.it._ledger._tasks.workers
+    (frame,) = stage.say_large(0, large(Kind.DONE, stage.has[0]))
+    assert (outbox.size, outbox.load) == (0, len(frame.body)), "it has been sent, which says nothing"
+    stage.ask(encode(Kind.SUBMIT, 8))
+    assert not workers[0].jobs
+    stage.ask(encode(Kind.GOT))
+    assert [job.id for job in workers[0].jobs] == [8]
+    told = stage.ask(encode(Kind.GOT))
+    stage.it._say_goodbye()
+    told += stage.turn()
+    assert any(b"the parent sent a GOT frame, which is not its to send" in frame.body for frame in told)
+
+
+def test_a_large_result_for_which_the_parent_has_no_room_comes_again_in_bytes(stage: Stage) -> None:
+    frames = [large(Kind.DONE, stage.has[worker]) for worker in (0, 1)]
+    for worker in (0, 1):
+        stage.say_large(worker, frames[worker])
+    told = stage.ask(encode(Kind.GOT, flag=1) + encode(Kind.GOT))
+    while not told:
+        told = stage.turn()
+    assert [(frame.job, type(frame.body)) for frame in told] == [(stage.has[0], bytes)]
+    assert told[0].body == frames[0].body.read()  # type: ignore[attr-defined]
+
+
+def test_a_dispatcher_that_is_done_waits_until_the_parent_has_got_everything(stage: Stage) -> None:
+    stage.say_large(0, frame := large(Kind.DONE, stage.has[0]))
+    ending = threading.Thread(target=stage.it._say_goodbye)
+    ending.start()
+    stage.parent.setblocking(True)
+    stage.parent.sendall(encode(Kind.GOT, flag=1))
+    told: list[Frame] = []
+    while not told:
+        told = stage.heard.feed(stage.heard.receive(stage.parent) or b"")
+    ending.join(support.PATIENCE)
+    assert not ending.is_alive()
+    (again,) = told
+    assert (again.job, len(again.body)) == (frame.job, len(frame.body))
+
+
+def test_a_job_whose_descriptor_a_worker_has_no_room_for_comes_again_in_bytes(stage: Stage) -> None:
+    stage.say(0, encode(Kind.DONE, stage.has[0], body=pack(1, "it")))
+    reader = FrameReader("the dispatcher")
+    box = Outbox()
+    box.put_frame(sent := large(Kind.SUBMIT, 8))
+    assert box.flush(stage.parent.send, carrying(stage.parent))
+    stage.turn()
+    (frame,) = reader.feed(reader.receive(stage.fleet.theirs[0]) or b"")
+    assert (frame.kind, frame.job, type(frame.body)) == (Kind.JOB, 8, Bulk)
+    stage.say(1, encode(Kind.RETURNED, 8, 1))  # not its to return
+    stage.say(0, encode(Kind.RETURNED, 8, 1))
+    stage.fleet.theirs[0].setblocking(False)
+    frames: list[Frame] = []
+    while not frames:
+        stage.turn()
+        frames = reader.feed(reader.receive(stage.fleet.theirs[0]) or b"")
+        stage.it._touched.add(0)
+    assert (frames[0].kind, frames[0].job, type(frames[0].body)) == (Kind.JOB, 8, bytes)
+    assert open_outcome(0, frames[0].body) == open_outcome(0, sent.body)
 
 
 def test_a_dispatcher_that_was_stopped_hears_the_others_before_it_judges_them(stage: Stage) -> None:

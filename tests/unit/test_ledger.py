@@ -213,7 +213,7 @@ def test_a_job_is_given_out_starts_and_ends(world: World) -> None:
     assert world.ledger.late == 0
 
 
-@pytest.mark.parametrize("again", ["done", "started", "returned", "expired", "progressed", "cancelled"])
+@pytest.mark.parametrize("again", ["done", "started", "returned", "expired", "progressed", "cut", "cancelled"])
 def test_what_comes_after_the_end_is_counted_and_dropped(world: World, again: str) -> None:
     world.submit(7, hard=1.0, hooks=b"hooks")
     world.begin(0)
@@ -225,6 +225,7 @@ def test_what_comes_after_the_end_is_counted_and_dropped(world: World, again: st
         "returned": f.JobReturned(0, 7),
         "expired": f.JobExpired(0, 7),
         "progressed": f.JobProgressed(0, 7, 1.0, 2.0, b""),
+        "cut": f.JobCut(0, 7, b""),
         "cancelled": f.Cancelled(7, signal.SIGTERM, 0.5),
     }[again]
     assert world.tell(event) == []
@@ -250,6 +251,7 @@ def test_a_worker_speaks_only_for_its_own_job() -> None:
         f.WorkerFaulty(99, "?"),
         f.HookCalled(1 - owner, 7, 0, b"", b""),
         f.JobProgressed(1 - owner, 7, 1.0, 2.0, b""),
+        f.JobCut(1 - owner, 7, b""),
     ):
         assert world.tell(event) == []
     world.end(owner)
@@ -387,13 +389,15 @@ def test_a_pause_holds_jobs_back_and_its_end_lets_them_go(world: World) -> None:
     assert [job.id for job in world.workers[0].inbox] == [7]
 
 
-def test_a_parent_that_does_not_read_is_told_of_no_progress(world: World) -> None:
+def test_a_parent_that_does_not_read_is_told_of_no_progress_but_of_cuts(world: World) -> None:
     world.submit(7)
     world.begin(0)
     for full in (False, True, False):
         world.tell(f.Paused(full))
         told = [action.frame for action in world.tell(f.JobProgressed(0, 7, 1.0, 2.0, b"text"))]
         assert told == ([] if full else [Frame(Kind.PROGRESS, 7, 0, 1.0, 2.0, b"", b"text")])
+        told = [action.frame for action in world.tell(f.JobCut(0, 7, b"report"))]
+        assert told == [Frame(Kind.CUT, 7, body=b"report")]  # nobody else knows of what is cut off
 
 
 def test_no_task_starts_while_outcomes_pile_up_before_the_callback_process(

@@ -101,6 +101,7 @@ class World:
         self.hook_ends: Counter[int] = Counter()
         self.hook_calls: Counter[int] = Counter()
         self.called: set[int] = set()
+        self.cuts: Counter[int] = Counter()  # not told to the parent
         self.cancelled: set[int] = set()
         self.tokens: list[int] = []
         self.history: list[Any] = []
@@ -132,6 +133,7 @@ class World:
             for job in self._due:
                 count = self.ends[job.id] if job.lane is Lane.TASKS else self.hook_ends[job.of or job.id]
                 assert count, f"job {job.id} has come to its end, and nobody is told"
+            assert not any(self.cuts.values()), "the parent does not hear what is its own again, or of what is not"
         if any(isinstance(event, f.Ticked) for event in events):
             self._check_guards()
         for worker in [key for key, played in self.workers.items() if self._given_up(played)]:
@@ -243,6 +245,11 @@ class World:
         worker = self.workers.get(event.worker)
         if worker is not None and worker.running is not None and worker.running.id == event.job:
             worker.shot = worker.expired = True
+
+    def _on_jobcut(self, event: f.JobCut) -> None:
+        worker = self.workers.get(event.worker)
+        if worker is not None and worker.running is not None and worker.running.id == event.job:
+            self.cuts[event.job] += 1
 
     def _on_memoryused(self, event: f.MemoryUsed) -> None:
         worker = self.workers.get(event.worker)
@@ -367,9 +374,10 @@ class World:
                 assert self.ends[ran.job] == 1, "a job has two ends"
         elif kind is Kind.SOFT:
             assert not self.ends[job], "a word after the end"
-        elif kind in (Kind.STARTED, Kind.PROGRESS):
+        elif kind in (Kind.STARTED, Kind.PROGRESS, Kind.CUT):
             assert job in self.started, "a job is said to run that does not"
             assert not self.ends[job], "a word after the end"
+            self.cuts[job] -= kind is Kind.CUT
         elif kind is Kind.HOOK_ENDED:
             self.hook_ends[job] += 1
         elif kind is Kind.HOOK_QUEUED:
@@ -667,7 +675,7 @@ class Machine(RuleBasedStateMachine):
         if (worker := self.pick(luck, "inbox", "!faulty")) is not None:
             self.world.tell(f.JobReturned(worker.id, worker.inbox[which % len(worker.inbox)].id))
 
-    @open_rule("running", luck=LUCK, word=st.sampled_from(["soft", "progress", "call", "expired"]))
+    @open_rule("running", luck=LUCK, word=st.sampled_from(["soft", "progress", "cut", "call", "expired"]))
     def say_of_the_running_job(self, luck: int, word: str) -> None:
         worker = self.pick(luck, "running")
         if worker is not None and (job := worker.running) is not None:
@@ -675,6 +683,7 @@ class Machine(RuleBasedStateMachine):
             event = {
                 "soft": f.SoftLimitHit(worker.id, job.id, 1.0),
                 "progress": f.JobProgressed(worker.id, job.id, 1.0, 2.0, b"half"),
+                "cut": f.JobCut(worker.id, job.id, b"report"),
                 "call": f.HookCalled(worker.id, job.id, Outcome.VALUE, b"hooks", b"body"),
                 "expired": f.JobExpired(worker.id, job.id, "somewhere"),
             }[word]
@@ -765,6 +774,7 @@ class Machine(RuleBasedStateMachine):
                 f.HookCalled(number, job, 0, b"lie", b"lie"),
                 f.SoftLimitHit(number, job, at),
                 f.JobProgressed(number, job, at, at, b"lie"),
+                f.JobCut(number, job, b"lie"),
                 f.WorkerReady(number, 7),
                 several_ran(number, list(dict.fromkeys([known, *own])), world.now, 0.0),
             ]

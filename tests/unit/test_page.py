@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpworker.errors import ProtocolError
 from mpworker.pool.frames import Frame, FrameReader, Kind
-from mpworker.pool.page import MOST, Page, Ran, check, create, results, who_ran
+from mpworker.pool.page import MOST, SIZE, Page, Ran, check, create, results, who_ran
 
 
 @pytest.fixture
@@ -90,3 +92,44 @@ def test_what_is_no_page_is_not_mapped() -> None:
 def test_damaged_results_name_their_sender(damage: bytes) -> None:
     with pytest.raises(ProtocolError, match="worker 3"):
         check(Frame(Kind.RESULTS, extra=damage), "worker 3")
+
+
+def test_without_a_tail_a_page_is_no_larger(page: Page) -> None:
+    assert page.tail is None
+    fd = create()
+    assert os.fstat(fd).st_size == SIZE
+    os.close(fd)
+
+
+def test_the_tail_is_of_one_job() -> None:
+    fd = create(100)
+    reader = Page(os.dup(fd)).tail
+    writer = Page(fd, worker=1, mine=True).tail
+    assert reader is not None
+    assert writer is not None
+    assert (reader.kept, reader.read(0), reader.read(1)) == (100, b"", b"")
+    writer.begin(1)
+    assert reader.read(1) == b""
+    writer.write(b"one")
+    writer.write(b"")
+    assert (reader.read(1), reader.read(2), reader.read(0)) == (b"one", b"", b"")
+    writer.begin(2)
+    writer.write(b"two")
+    assert (reader.read(1), reader.read(2)) == (b"", b"two")
+
+
+@given(kept=st.integers(1, 9000), texts=st.lists(st.builds(lambda text, n: text * n, st.text(), st.integers(0, 3000))))
+def test_the_tail_ends_with_what_was_written_last_and_begins_with_a_character(kept: int, texts: list[str]) -> None:
+    page = Page(create(kept), worker=1, mine=True)
+    tail = page.tail
+    assert tail is not None
+    tail.begin(1)
+    whole = "".join(texts).encode(errors="replace")
+    for text in texts:
+        tail.write(text.encode(errors="replace"))
+    found = tail.read(1)
+    assert whole.endswith(found)
+    assert min(len(whole), kept) - 3 <= len(found) <= kept
+    assert len(whole) > kept or found == whole
+    found.decode()
+    page.close()

@@ -65,6 +65,15 @@ def test_a_line_is_plain_json_with_the_documented_fields() -> None:
     assert datetime.fromisoformat(data["timestamp"]).tzinfo == UTC
 
 
+def test_a_log_is_a_field_only_where_there_is_one() -> None:
+    record = Record(task_id="a", status="FAILURE", log='said "é"\n')
+    line = record.to_line()
+    assert list(json.loads(line))[-1] == "log"
+    assert Record.from_line(line) == record
+    assert record["log"] == record.log == 'said "é"\n'
+    assert Record.from_line(Record(task_id="a", status="FAILURE").to_line()).log is None
+
+
 class _Unprintable:
     def __repr__(self) -> str:
         raise RuntimeError("no")
@@ -168,3 +177,11 @@ def test_the_runtime_is_known_only_for_the_task_that_runs(monkeypatch: pytest.Mo
     assert runtime_of("b") is None
     task_ends()
     assert runtime_of("a") is None
+
+
+def test_a_dead_message_is_marked_and_lines_of_others_and_of_older_versions_read_as_before() -> None:
+    assert Record.from_line(Record(task_id="a", status="FAILURE", dead=True).to_line()).dead
+    line = Record(task_id="a", status="FAILURE").to_line()
+    assert b"dead" not in line
+    assert not Record.from_line(line).dead
+    assert not Record.from_line(line.replace(b'"expires"', b'"dead":"no","expires"')).dead

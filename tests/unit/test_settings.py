@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
 
+from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
 from mpworker.errors import ConfigurationError
 from mpworker.settings import Settings, default_data_dir, unknown_variables
 
@@ -19,6 +21,7 @@ def test_defaults() -> None:
     settings = load()
     assert (settings.start_method, settings.journal_fsync, settings.include) == ("auto", "off", ())
     assert settings.journal_dir == settings.data_dir / "journal"
+    assert (settings.max_deaths, settings.stall_timeout) == (3, 60.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.start_method = "fork"  # type: ignore[misc]
 
@@ -36,6 +39,11 @@ def test_the_environment_wins_and_an_empty_variable_counts_as_unset() -> None:
     assert load({"MPWORKER_START_METHOD": "fork"}, mpworker_start_method="spawn").start_method == "fork"
     assert load({"MPWORKER_START_METHOD": ""}, mpworker_start_method="spawn").start_method == "spawn"
     assert load({"MPWORKER_READY_TIMEOUT": "2.5"}).ready_timeout == 2.5
+
+
+def test_a_size_is_a_whole_number() -> None:
+    assert (load().task_log, load(mpworker_task_log=64).task_log, load(mpworker_task_log=0).task_log) == (0, 64, 0)
+    assert load({"MPWORKER_TASK_LOG": "16"}, mpworker_task_log=64).task_log == 16
 
 
 def test_other_keys_are_not_looked_at() -> None:
@@ -63,6 +71,13 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert load(mpworker_journal=Path("~/j")).journal_dir == tmp_path / "j"
 
 
+def test_zero_turns_the_poison_cap_and_the_stall_detector_off() -> None:
+    settings = load({"MPWORKER_MAX_DEATHS": "0"}, mpworker_stall_timeout=0)
+    assert (settings.max_deaths, settings.stall_timeout) == (0, 0.0)
+    settings = load({"MPWORKER_STALL_TIMEOUT": "1.5"}, mpworker_max_deaths=1)
+    assert (settings.max_deaths, settings.stall_timeout) == (1, 1.5)
+
+
 @pytest.mark.parametrize("key", ["mpworker_strat_method", "MPWORKER_STRAT_METHOD"])
 def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -87,6 +102,32 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(key: str) -> None:
         ("ready_timeout", True),
         ("callback_time_limit", -1),
         ("callback_time_limit", [1]),
+        ("max_deaths", -1),
+        ("max_deaths", 2.5),
+        ("max_deaths", "2.5"),
+        ("max_deaths", "often"),
+        ("max_deaths", True),
+        ("max_deaths", float("inf")),
+        ("stall_timeout", -1),
+        ("stall_timeout", "soon"),
+        ("stall_timeout", False),
+        ("stall_timeout", float("nan")),
+        ("task_log", -1),
+        ("task_log", "much"),
+        ("task_log", 1.5),
+        ("task_log", True),
+        ("task_log", 1 << 20),
+        ("worker_env", "CUDA_VISIBLE_DEVICES={slot}"),
+        ("worker_env", '["A"]'),
+        ("worker_env", ["A"]),
+        ("worker_env", {"A": 1.5}),
+        ("worker_env", {"A=B": "x"}),
+        ("worker_env", {"": "x"}),
+        ("worker_env", {"A": "x\0"}),
+        ("worker_env", {"A": "{gpu}"}),
+        ("worker_env", {"A": "{}"}),
+        ("worker_env", {"A": "{slot"}),
+        ("worker_env", {"A": "{slot.x}"}),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_line_that_names_its_origin(name: str, value: object) -> None:
@@ -111,3 +152,45 @@ def test_unknown_variables_are_told() -> None:
     environ["MPWORKER_SLOT"] = "0"  # of the worker that a node was started in
     (line,) = unknown_variables(environ)
     assert line == "nothing reads the environment variable MPWORKER_INCLDUE; did you mean MPWORKER_INCLUDE?"
+
+
+def test_variables_of_slots_are_formats_or_a_callable() -> None:
+    formats = {"CUDA_VISIBLE_DEVICES": "{slot}", "NAME": "w{slot:02d}", "LIMIT": 4}
+    env = load(mpworker_worker_env=formats).worker_env
+    assert env is not None
+    assert env(3) == {"CUDA_VISIBLE_DEVICES": "3", "NAME": "w03", "LIMIT": "4"}
+    assert pickle.loads(pickle.dumps(env))(12)["NAME"] == "w12"
+    text = load({"MPWORKER_WORKER_ENV": '{"PORT": "80{slot}"}'}).worker_env
+    assert text is not None
+    assert text(1) == {"PORT": "801"}
+    given = {"A": str}.get
+    assert load(mpworker_worker_env=given).worker_env is given
+    assert load(mpworker_worker_env={}).worker_env is None
+
+
+def test_variables_of_slots_and_a_fork_of_what_is_imported_already_exclude_each_other() -> None:
+    with pytest.raises(ConfigurationError, match=r"^mpworker_worker_env and mpworker_start_method = fork exclude .*$"):
+        load(mpworker_worker_env={"A": "{slot}"}, mpworker_start_method="fork")
+
+
+def test_a_callable_is_asked_for_the_slots_of_a_pool_and_of_a_larger_one(caplog: pytest.LogCaptureFixture) -> None:
+    four = load(mpworker_worker_env=lambda slot: {"GPU": "abcd"[slot]})
+    env = slot_env_of(four, 2)
+    assert env == {slot: {"GPU": "abcd"[slot]} for slot in range(4)}
+    warn_beyond(env, 4)
+    assert not caplog.records
+    warn_beyond(env, 5)
+    assert caplog.messages == ["workers from slot 4 on get no variables: mpworker_worker_env has none for them"]
+    with pytest.raises(ConfigurationError, match=r"^mpworker_worker_env, for slot 4: IndexError: [^\n]*$"):
+        slot_env_of(four, 5)
+    with pytest.raises(ConfigurationError, match=r"^mpworker_worker_env, for slot 0: [^\n]*$"):
+        slot_env_of(load(mpworker_worker_env=lambda slot: [slot]), 1)
+    endless = slot_env_of(load(mpworker_worker_env=lambda slot: {"PORT": 8000 + slot}), 300)
+    assert isinstance(endless, dict)
+    assert endless[299] == {"PORT": "8299"}
+
+
+@pytest.mark.parametrize(("env", "method"), [(None, "auto"), ({"A": "{slot}"}, "forkserver")])
+def test_with_variables_each_worker_imports_the_application_by_itself(env: object, method: str) -> None:
+    assert start_method_of(load(mpworker_worker_env=env)) == method
+    assert start_method_of(load(mpworker_worker_env=env, mpworker_start_method="spawn")) == "spawn"
