@@ -227,10 +227,18 @@ def _results_beside(broker: Any) -> str | None:
 
 def _complete_installed(sender: Celery, **_: Any) -> None:
     conf = sender.conf
-    conf.worker_pool = POOL
+    put(conf, "worker_pool", POOL)
     sender.loader.override_backends = {**BACKENDS, **sender.loader.override_backends}
     if conf.result_backend:
-        conf.result_backend = journal_url(conf.result_backend)
+        put(conf, "result_backend", journal_url(conf.result_backend))
+
+
+def put(conf: Any, key: str, value: Any) -> None:
+    """Sets a key of an app's configuration. Before Celery 5.7 a namespace's own, longer name for it wins."""
+    conf[key] = value
+    if conf[key] != value:
+        name = f"{conf.prefix}{key}"
+        conf[name.upper() if conf.prefix.isupper() else name.lower()] = value
 
 
 def _check_installed(sender: Celery, **_: Any) -> None:

@@ -22,7 +22,7 @@ from celery.utils.imports import symbol_by_name
 from kombu.utils.functional import maybe_list
 
 from mpworker import embedded
-from mpworker.celery.app import BROKER_VARIABLE, RESULT_VARIABLE, journal_url, settings_of, uses_embedded
+from mpworker.celery.app import BROKER_VARIABLE, RESULT_VARIABLE, journal_url, put, settings_of, uses_embedded
 from mpworker.errors import ConfigurationError
 from mpworker.settings import unknown_variables
 
@@ -95,7 +95,7 @@ def prepare_results(app: Celery, hostname: str) -> None:
     if os.environ.get(variable):
         os.environ[variable] = journal_url(os.environ[variable])
     elif app.conf.result_backend:
-        app.conf.result_backend = journal_url(app.conf.result_backend)
+        put(app.conf, "result_backend", journal_url(app.conf.result_backend))
     try:
         app.backend  # noqa: B018 - made here, so that what is wrong with its URL shows
     except ConfigurationError:

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -515,7 +516,7 @@ def _asked(frame: Frame) -> Any:
         return f.Submitted(Job(job, _LANES[flag >> 4], flag & 15, a, b, extra, body))
     if kind is _BUNDLE:
         return f.BundleSubmitted(open_span(frame, "the parent"))
-    if kind is Kind.MEMORY:
+    if kind is Kind.MEMORY and math.isfinite(a):
         return f.MemoryLimited(job, int(a))
     if kind is Kind.CANCEL:
         return f.Cancelled(job, flag, a)

@@ -11,6 +11,8 @@ import pytest
 from integration.node import PATIENCE, eventually, running
 from support import lines
 
+from mpworker import ResultStore
+
 pytest.importorskip("django")
 
 
@@ -47,6 +49,7 @@ def test_a_task_that_uses_the_database(clinic):
     assert count == 1
     assert pid in node.pids("mpworker: worker")
     assert send(clinic, "admit", "Bob").get(timeout=PATIENCE) == [2, pid]
+    assert ResultStore(node.journal).get_statistics()["completed"] == 2
     with pytest.raises(LookupError, match="no bed for Eve"):
         send(clinic, "admit_none", "Eve").get(timeout=PATIENCE)
     assert send(clinic, "database_is_open").get(timeout=PATIENCE) is False
