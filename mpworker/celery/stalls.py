@@ -34,6 +34,8 @@ EX_STALLED = 75
 _LOOKS, _SELDOM = 4, 15.0
 #: Seconds that the broker may take to tell how many messages wait.
 _PATIENCE = 5.0
+#: Seconds that a loop which is not stuck may take to notice something: without a hub it looks every 2 s.
+_REACTION = 3.0
 #: Seconds between the end of the pool and that of the process.
 _TO_LEAVE = 10.0
 #: Transports whose count of waiting messages is what a consumer would get: SQS, say, counts those of blocked groups.
@@ -176,11 +178,8 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _restart(self, c: Any) -> None:
         """First strike."""
-        late, told = late_tasks_run(), self._tell("the consumer is restarted")
-        if late:
-            logger.error("%s, when the tasks that are to be acknowledged late have ended", told)
-        else:
-            logger.error("%s", told)
+        later = ", when the tasks that are to be acknowledged late have ended" if late_tasks_run() else ""
+        logger.error("%s%s", self._tell("the consumer is restarted"), later)
         before = self._delivered(c), self._starts
         while late_tasks_run():
             if self._ending.wait(min(self._timeout / _LOOKS, 1.0)) or before != (self._delivered(c), self._starts):
@@ -207,13 +206,18 @@ class StallDetector(bootsteps.StartStopStep):  # type: ignore[misc]
     def _break_connection(self, c: Any, broken: Callable[[], bool]) -> None:
         """By an error in the consumer's loop. If that hangs in a system call, by shutting its sockets down."""
         raise_in_loop(c)
-        deadline = time.monotonic() + max(self._timeout, 1.0)
+        if not self._wait_for(broken):
+            for each in list(_sockets(c.connection)):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            self._wait_for(broken)  # no other strike before this one could have helped
+
+    def _wait_for(self, broken: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + max(self._timeout, _REACTION)
         while not broken() and not self._ending.wait(0.02):
             if time.monotonic() > deadline:
-                for each in list(_sockets(c.connection)):
-                    with suppress(OSError):
-                        each.shutdown(socket.SHUT_RDWR)
-                return
+                return False
+        return True
 
 
 def may_take(c: Any) -> bool:
@@ -238,10 +242,7 @@ def raise_in_loop(c: Any) -> None:
     Both loops bring the prefetch count up to date before they wait for messages, and let errors of that out; those of
     timers and callbacks they only log.
     """
-    qos = c.qos
-    if qos is None:
-        return
-    usual = qos.callback
+    qos, usual = c.qos, c.qos.callback
     kind = StallError if issubclass(StallError, tuple(c.connection_errors)) else c.connection_errors[0]
 
     def fail(prefetch_count: int) -> None:

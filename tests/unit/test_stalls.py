@@ -249,6 +249,7 @@ def test_the_sockets_of_a_connection_are_found_without_opening_any() -> None:
 def test_a_loop_that_hangs_is_woken_by_its_sockets(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(stalls, "_sockets", lambda connection: [ours])
+    monkeypatch.setattr(stalls, "_REACTION", 0.01)
     monkeypatch.setattr(stalls, "settings_of", lambda app: SimpleNamespace(stall_timeout=0.01))
     c.app, c.steps = None, []
     detector = stalls.StallDetector(c)
