@@ -128,6 +128,7 @@ class Dispatcher:
             f.Dismiss: self._dismiss,
             f.Signal: self._signal,
             f.Kill: lambda action: self._fleet.kill(action.worker, action.signum),
+            f.Abandon: lambda action: self._gone(Exit(action.worker, None, signal.SIGKILL, None)),
             f.AskToShrink: self._ask_to_shrink,
             f.Tell: self._tell,
             f.Finish: self._finish,
@@ -463,15 +464,17 @@ class Dispatcher:
         """Hears a dead worker out, then lets it go."""
         worker = end.worker if end.worker is not None else -1
         entry = self._wires.get(worker)
+        begun: list[int] = []
         if entry is not None:
             crew, wire, _, _ = entry
+            begun = crew.page.started()
             if wire.open:
                 self._hear_out(worker, crew)
             self._read_page(crew)
             wire.close()
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
-        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss, end.oom))
+        self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss, end.oom, begun))
         self._show_workers()
 
     def _hear_out(self, worker: int, crew: Crew) -> None:

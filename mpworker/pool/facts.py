@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
@@ -344,6 +344,8 @@ class WorkerGone(NamedTuple):
     max_rss: int | None
     #: the kernel's out-of-memory killer has struck meanwhile
     oom: bool = False
+    #: what its page says that it has begun, told or not
+    begun: Collection[int] = ()
 
 
 class Ticked(NamedTuple):
@@ -402,6 +404,12 @@ class Kill(NamedTuple):
     signum: int
 
 
+class Abandon(NamedTuple):
+    """Nothing ends this process: hear it out as if it were gone."""
+
+    worker: int
+
+
 class AskToShrink(NamedTuple):
     """Raise an exception in the worker's task, if it still runs this job."""
 
@@ -421,4 +429,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Promote | Assign | Look | Dismiss | Signal | Kill | AskToShrink | Tell | Finish
+Action = Spawn | Promote | Assign | Look | Dismiss | Signal | Kill | Abandon | AskToShrink | Tell | Finish

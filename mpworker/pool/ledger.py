@@ -519,9 +519,15 @@ class Ledger:
         book, worker = found
         book.remove(worker)
         job = worker.running
+        begun = {id(known): known for number in event.begun if (known := self._job(number)) and known.worker is worker}
         for waiting in reversed(worker.jobs):
-            if waiting is not job:
+            if waiting is job:
+                continue
+            if id(waiting) not in begun:
                 self._requeue(waiting, now)
+                continue
+            ended = begun[id(waiting)]  # how it ended was said behind garbage, or not at all: once is enough
+            self._end(ended, *(ended.verdict or _cause(ended, worker, event, now)), now)
         if job is not None:
             self._honour(worker.call, now)
             self._end(job, *(job.verdict or _cause(job, worker, event, now)), now)
@@ -567,7 +573,8 @@ class Ledger:
             worker.looked, worker.deadline = True, now + START_GRACE
             self._out.append(f.Look(worker.id))
         elif worker.final:  # not even SIGKILL: an uninterruptible wait in the kernel
-            self._gone(f.WorkerGone(worker.id, None, signal.SIGKILL, None), now)
+            self._out.append(f.Abandon(worker.id))
+            worker.deadline = inf
         else:
             book.kill(worker, now)
 
@@ -681,7 +688,7 @@ def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[J
         "signal": event.signal,
         "max_rss": event.max_rss,
         "rss": job.rss or None,
-        "runtime": max(0.0, now - job.started),
+        "runtime": max(0.0, now - job.started) if job.started else None,
         "oom_killed": event.oom and not worker.killed,
         "by_pool": worker.killed,
         "why": worker.fault if worker.killed else "",

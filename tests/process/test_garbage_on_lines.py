@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 import support
+from process import faults
+from process.bench import bench
 
+from mpworker import WorkerLost
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet as fleets
 from mpworker.pool import handle as handles
@@ -79,3 +85,40 @@ def test_a_template_that_sends_garbage_is_replaced(how: str, tmp_path: Path) -> 
         assert any(frame.kind is Kind.DONE and frame.job == job for frame in told)
     finally:
         handle.kill()
+
+
+def write_garbage_unheard(log: Path) -> None:
+    """Nobody reads the garbage before this worker has done much more: the dispatcher stands still meanwhile."""
+    dispatcher = os.getppid()
+    os.kill(dispatcher, signal.SIGSTOP)
+    threading.Timer(0.2, os.kill, (dispatcher, signal.SIGCONT)).start()
+    faults.write_garbage()
+    note(log)
+
+
+def note(log: Path) -> bytes:
+    """What it returns fills a page quickly, so that results leave."""
+    support.append(log, os.getpid())
+    return b"x" * (20 << 10)
+
+
+def test_what_a_worker_did_behind_garbage_is_lost_and_not_done_again(tmp_path: Path) -> None:
+    log, again = tmp_path / "log", 0
+    with bench("auto", start=False, size=1) as shared:
+        pool = shared.pool
+        for attempt in range(20):
+            for _ in range(50):
+                pool.submit(support.give)
+            first = pool.submit(write_garbage_unheard, log)
+            others = [pool.submit(note, log) for _ in range(5)]
+            errors = [future.exception(support.PATIENCE) for future in [first, *others]]
+            done = log.read_text().split()
+            assert len(done) == 6 * (attempt + 1), "each of them ran once"
+            again = done[-6:].count(done[-6])
+            if again > 3:  # more than its page remembers the results of
+                break
+        else:
+            pytest.fail(f"the dispatcher was never slow enough: {again}")
+        assert [type(error) for error in errors[:again]].count(WorkerLost) >= 1
+        assert errors[again:] == [None] * (6 - again)
+        assert pool.submit(support.give, 5).result(support.PATIENCE) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from math import inf, nan
@@ -285,6 +286,32 @@ def test_the_dispatchers_own_limit_climbs_the_ladder(world: World) -> None:
     assert f.Kill(0, signal.SIGKILL) in world.tell(f.Ticked())
     world.exit(0)
     assert world.verdict(7)[0] is JobState.TIMED_OUT
+
+
+def test_whoever_cannot_be_killed_is_heard_out_before_its_jobs_go_elsewhere(world: World) -> None:
+    """An uninterruptible wait in the kernel: what it had done before must not be done again."""
+    world.submit(7, hard=2.0)
+    world.begin(0)
+    for _ in range(2):
+        world.now = world.ledger.next_deadline()
+        world.tell(f.Ticked())
+    world.now = world.ledger.next_deadline()
+    assert world.ledger.apply(f.Ticked(), world.now) == [f.Abandon(0)]
+    assert world.ledger.apply(f.Ticked(), world.now) == []
+    world.exit(0)
+    assert world.verdict(7)[0] is JobState.TIMED_OUT
+
+
+def test_what_a_dead_worker_had_begun_is_lost_and_the_rest_runs_elsewhere(world: World) -> None:
+    """Nobody could read how those had ended, such as behind garbage."""
+    span = f.Span(1, 0.0, 0.0, array("I", [1] * 4), b"abcd")
+    world.ledger.apply(f.BundleSubmitted(span), world.now)
+    actions = world.ledger.apply(f.WorkerGone(0, 70, None, None, begun=[5, 1, 2]), world.now)
+    told = {action.frame.job: open_verdict(action.frame.body) for action in actions if type(action) is f.Tell}
+    assert [(job, state) for job, (state, _) in sorted(told.items())] == [(1, JobState.LOST), (2, JobState.LOST)]
+    assert {(facts["exitcode"], facts["runtime"]) for _, facts in told.values()} == {(70, None)}
+    assert {type(job) for job in world.ledger.jobs.values()} <= {Job}
+    assert sorted(world.ledger.jobs) == [3, 4]
 
 
 def test_the_watchdogs_word_comes_before_the_exit(world: World) -> None:

@@ -112,6 +112,7 @@ class World:
         self._due: list[Job] = []  # these must have ended when the event has been taken in
         self._may_break = False
         self._looks: list[int] = []
+        self._abandoned: list[int] = []
         self.sound = True  # no check has failed
 
     # -- what happens --------------------------------------------------------------------------------------------
@@ -145,6 +146,9 @@ class World:
             stuck = worker is None or worker.frozen or worker.unkillable
             if worker is not None and not stuck and worker.inbox and worker.running is None:
                 self.tell(f.JobStarted(number, worker.inbox[0].id, self.now))
+        abandoned, self._abandoned = self._abandoned, []
+        for number in abandoned:
+            self.tell(f.WorkerGone(number, None, signal.SIGKILL, None))
         return actions
 
     def _check_guards(self) -> None:
@@ -269,6 +273,8 @@ class World:
         worker = self.workers.pop(event.worker, None)
         if worker is not None and worker.running is not None:
             self._due.append(worker.running)
+        if worker is not None:  # how these have ended is not known, and they must not run again
+            self._due += [job for job in worker.inbox if job.id in event.begun]
 
     # -- what the ledger decides ---------------------------------------------------------------------------------
 
@@ -340,6 +346,9 @@ class World:
             worker.shot |= action.signum in FATAL
         elif worker.holds(action.job):
             worker.asked.add(action.job)
+
+    def _abandon(self, action: f.Abandon) -> None:
+        self._abandoned.append(action.worker)
 
     def _kill(self, action: f.Kill) -> None:
         worker = self.workers.get(action.worker)
@@ -700,7 +709,8 @@ class Machine(RuleBasedStateMachine):
         if how in ("faulty", "closed and gone"):
             self.world.tell(f.WorkerFaulty(worker.id, "it closed its line"))
         if how in ("gone", "closed and gone") and worker.id in self.world.workers:
-            self.world.tell(f.WorkerGone(worker.id, 1, None, None))
+            begun = [job.id for job in worker.inbox[: luck % 4]]
+            self.world.tell(f.WorkerGone(worker.id, 1, None, None, begun=begun))
 
     @open_rule(lucks=st.lists(LUCK, min_size=2, max_size=5))
     def die_together(self, lucks: list[int]) -> None:
