@@ -429,6 +429,7 @@ class Dispatcher:
                 elif kind is _DONE:
                     events.append(f.JobDone(worker, job, flag, body, a, b))
                 elif kind is _RESULTS:
+                    crew.page.heard()
                     events.append(f.JobsRan(worker, *pages.check(frame, reader.peer), frame))
                 elif kind is _STARTED:
                     events.append(f.JobStarted(worker, job, a))
@@ -470,7 +471,7 @@ class Dispatcher:
             begun = crew.page.started()
             if wire.open:
                 self._hear_out(worker, crew)
-            self._read_page(crew)
+            self._read_page(crew, begun)
             wire.close()
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
@@ -486,17 +487,14 @@ class Dispatcher:
                 self.log(logging.WARNING, f"{exc}, with its last breath")
                 return
 
-    def _read_page(self, crew: Crew) -> None:
+    def _read_page(self, crew: Crew, begun: list[int]) -> None:
         """What a dead worker had no time to send."""
         events: list[Any] = []
-        with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
-            for frame in crew.page.left():
-                ran = f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame)
-                owed = [job for job in ran.jobs if job in self._ledger.jobs]
-                if crew.garbled and len(owed) == 1:  # nobody else can have written the garbage: no result of it counts
-                    events.append(f.JobStarted(crew.worker, owed[0], time.monotonic()))
-                else:
-                    events.append(ran)
+        for frame in crew.page.left():
+            with contextlib.suppress(ProtocolError):  # it has been written over by whoever ended the worker
+                events.append(f.JobsRan(crew.worker, *pages.check(frame, f"worker {crew.slot}"), frame))
+        if crew.garbled and len([job for job in begun if job in self._ledger.jobs]) == 1:
+            events.clear()  # nobody else can have written the garbage: no result of it counts
         job, started = crew.page.running()
         if job:
             events.append(f.JobStarted(crew.worker, job, started))

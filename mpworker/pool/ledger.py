@@ -398,7 +398,8 @@ class Ledger:
             seen = (worker.running, worker.call) if worker is not None else (None, None)
             if worker is not None and seen[0] is not job and job is not None and job.worker is worker:
                 worker.running = None
-            self._started(f.JobStarted(event.worker, event.job, event.at), now)
+            if job is None or seen[0] is not job:  # else it was announced before
+                self._started(f.JobStarted(event.worker, event.job, event.at), now)
             self._done(f.JobDone(event.worker, event.job, *event[3:]), now)
             if worker is not None and seen[0] not in (None, job):
                 # That one was seen to run before this result, which waited for company, was heard.
@@ -531,7 +532,7 @@ class Ledger:
         if job is not None:
             self._honour(worker.call, now)
             self._end(job, *(job.verdict or _cause(job, worker, event, now)), now)
-        elif worker.state in (WorkerState.IDLE, WorkerState.BUSY):
+        elif worker.state in (WorkerState.IDLE, WorkerState.BUSY) and not begun:
             self._log(logging.WARNING, f"an idle worker, process {worker.pid}, {_manner(event)}; it is replaced")
         if worker.state is WorkerState.STARTING:
             self._boot_failed(book, event, now)
@@ -680,7 +681,7 @@ def _cause(job: Job, worker: Worker, event: f.WorkerGone, now: float) -> tuple[J
     if job.asked < inf and event.signal == signal.SIGUSR1:  # an earlier task has meddled with what should hear it
         return over_quota(job.memory, job.rss - worker.kept)
     # The watchdog's last word may not have got out before its own signal struck.
-    if job.hard and now - job.started >= job.hard and event.signal in (signal.SIGTERM, signal.SIGKILL):
+    if job.hard and job.started and now - job.started >= job.hard and event.signal in (signal.SIGTERM, signal.SIGKILL):
         return _timed_out(job)
     return JobState.LOST, {
         "pid": worker.pid or None,

@@ -23,22 +23,23 @@ from mpworker.pool.tail import Tail, size_for
 
 #: Results that may wait for company, and the bytes of all of them.
 MOST = 128
-_ROOM = 32 << 10
+_ROOM = 16 << 10
+#: So many times what waited can be sent, and still be read here, before the dispatcher must have heard the first of it.
+SHEETS = 8
 _RECORD = struct.Struct("=QIIdd")
 _WHO = struct.Struct("=Qd")
 # Cells of 8 bytes at the start of the page.
-_JOB, _STARTED, _STARTS, _WORKER = range(4)
-# Results are collected in one half while the other still holds those that were sent last.
-_COUNT = 4, 6
-_PID, _RING = 8, 16
+_JOB, _STARTED, _STARTS, _WORKER, _PID, _SENT, _HEARD = range(7)
+# Results are collected on one sheet while the others still hold those that were sent last: on each so many.
+_COUNT, _RING = 8, 16
 #: The jobs that were started last: more than can be on their way to the parent.
 _LAST = 1024
 _RECORDS = 8 * (_RING + _LAST)
 _BODIES = MOST * _RECORD.size
-_HALF = _BODIES + _ROOM
+_SHEET = _BODIES + _ROOM
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1
 _new = tuple.__new__  # a NamedTuple's own takes three times as long
-SIZE = mmap.PAGESIZE * -(-(_RECORDS + 2 * _HALF) // mmap.PAGESIZE)
+SIZE = mmap.PAGESIZE * -(-(_RECORDS + SHEETS * _SHEET) // mmap.PAGESIZE)
 
 
 class Ran(NamedTuple):
@@ -107,8 +108,8 @@ class Page:
             self._cells[_WORKER] = worker
         if mine:
             self._cells[_PID] = os.getpid()
-        self._starts = self._half = 0
-        self._count = self._used = 0  # of this half, as the cells say
+        self._starts = self._sent = 0
+        self._sheet = self._count = self._used = 0  # the one that results are collected on, as the cells say
 
     # -- the worker ----------------------------------------------------------------------------------------------
 
@@ -130,30 +131,43 @@ class Page:
         Returns:
             how many wait now; 0 if there is no room for this one.
         """
-        count, used, half, size = self._count, self._used, self._half, len(body)
+        count, used, sheet, size = self._count, self._used, self._sheet, len(body)
         if count == MOST or used + size > _ROOM:
             return 0
-        start = _RECORDS + half * _HALF
+        start = _RECORDS + sheet * _SHEET
         at = start + _BODIES + used
         self._memory[at : at + size] = body
         _RECORD.pack_into(self._memory, start + count * _RECORD.size, job, size, flag, started, runtime)
         self._used = used + size
-        self._count = self._cells[_COUNT[half]] = count + 1  # from here on it counts
+        self._count = self._cells[_COUNT + sheet] = count + 1  # from here on it counts
         return count + 1
 
     @property
     def waiting(self) -> bool:
         return self._count > 0
 
+    @property
+    def has_sheet(self) -> bool:
+        """Whether what waits may be sent: the sheet that is used next holds only what has been heard."""
+        return self._sent + 1 - self._cells[_HEARD] < SHEETS
+
     def forget(self) -> None:
-        """What waited has been sent. Until the next time it can still be read."""
-        self._half = half = 1 - self._half
-        self._cells[_COUNT[half]] = self._count = self._used = 0
+        """What waited has been sent. It can be read for a while yet, see :attr:`has_sheet`."""
+        self._sent += 1
+        self._sheet = sheet = self._sent % SHEETS
+        self._cells[_COUNT + sheet] = self._count = self._used = 0
+        self._cells[_SENT] = self._sent
 
     def pack(self, max_rss: float) -> bytes:
         """The RESULTS frame of what waits."""
-        records, bodies = self._contents(self._half, self._count, self._used)
+        records, bodies = self._contents(self._sheet, self._count, self._used)
         return encode(Kind.RESULTS, extra=_WHO.pack(self.pid, max_rss) + records, body=bodies)
+
+    # -- the dispatcher ------------------------------------------------------------------------------------------
+
+    def heard(self) -> None:
+        """What was sent next has arrived."""
+        self._cells[_HEARD] += 1
 
     # -- who reads -----------------------------------------------------------------------------------------------
 
@@ -176,9 +190,10 @@ class Page:
     def left(self) -> list[Frame]:
         """What a dead worker had sent last, and what it had not sent."""
         frames = []
-        for half in (0, 1):
-            if 0 < (count := self._cells[_COUNT[half]]) <= MOST:
-                records, bodies = self._contents(half, count, _ROOM)
+        for number in range(1, SHEETS + 1):  # the oldest first
+            sheet = (self._cells[_SENT] + number) % SHEETS
+            if 0 < (count := self._cells[_COUNT + sheet]) <= MOST:
+                records, bodies = self._contents(sheet, count, _ROOM)
                 used = sum(length for _, length, *_ in _RECORD.iter_unpack(records))
                 frames.append(Frame(Kind.RESULTS, extra=_WHO.pack(self.pid, 0.0) + records, body=bodies[:used]))
         return frames
@@ -191,8 +206,8 @@ class Page:
         with contextlib.suppress(BufferError):
             self._memory.close()
 
-    def _contents(self, half: int, count: int, used: int) -> tuple[bytes, bytes]:
-        start = _RECORDS + half * _HALF
+    def _contents(self, sheet: int, count: int, used: int) -> tuple[bytes, bytes]:
+        start = _RECORDS + sheet * _SHEET
         bodies = start + _BODIES
         return self._memory[start : start + count * _RECORD.size], self._memory[bodies : bodies + used]
 

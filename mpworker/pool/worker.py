@@ -13,6 +13,7 @@ import multiprocessing.util
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import sys
@@ -51,11 +52,13 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _COMPANY = MOST // 2
 #: … or after so many seconds.
 _PATIENCE = 0.004
+#: Seconds between two looks whether what was sent before has been heard.
+_HEARD_PAUSE = 0.001
 #: Bytes that earlier jobs may leave here without a word, and the seconds in which a row of tiny ones cannot leave more.
 _CRUMBS = 1 << 20
 _READ_PAUSE = 0.02
 # Reading a member from its enum takes longer than comparing it.
-_BUNDLE, _HOOKS = Kind.BUNDLE, Lane.HOOKS
+_BUNDLE, _TASKS, _HOOKS = Kind.BUNDLE, Lane.TASKS, Lane.HOOKS
 _new = tuple.__new__
 _HAND_BACK = Watchdog.HAND_BACK
 #: Seconds below which the memory that a job has used may be told with the job behind it.
@@ -213,8 +216,7 @@ class Worker:
         """Writes whole frames, behind those that waited for company. Blocks while the pipe is full."""
         try:
             with self._sending:
-                if self.page.waiting:
-                    self._send_unsent()
+                self._take_results()
                 for piece in pieces:
                     if len(self._unsent) + len(piece) < _JOIN_BELOW:
                         self._unsent += piece
@@ -240,16 +242,29 @@ class Worker:
         unsent, self._unsent = self._unsent, b""
         if unsent:
             self.data.sendall(unsent)
-        if self.page.waiting:
-            self.data.sendall(self.page.pack(self._peak))
-            self.page.forget()
+
+    def _take_results(self) -> None:
+        """What waits in the page leaves with what is sent next."""
+        if (page := self.page).waiting:
+            if not page.has_sheet:
+                self._send_unsent()
+            while not page.has_sheet:  # the dispatcher is far behind, or will never hear us again
+                self._wait_until_heard()
+            self._unsent += page.pack(self._peak)
+            page.forget()
+
+    def _wait_until_heard(self) -> None:
+        line = select.poll()
+        line.register(self._fd, 0)
+        if line.poll(_HEARD_PAUSE * 1000):  # it has hung up
+            os._exit(EX_UNREADY)
 
     def send_now(self, frame: bytes, patience: float) -> bool:
         """From who must not wait long: what waited for company, and one small frame; or not at all."""
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            if self.page.waiting:
+            if self.page.waiting and self.page.has_sheet:
                 self._unsent += self.page.pack(self._peak)
                 self.page.forget()
             if data := self._unsent + frame:
@@ -285,9 +300,9 @@ class Worker:
         if flag & RATIONED and (self._kept or started > self._read_at + _READ_PAUSE):
             self._tell_kept(started)
         page = self.page
-        page.begin(job, started)
         if not quiet:
             self.send(encode(Kind.STARTED, job, a=started))
+        page.begin(job, started)  # last: if the line is gone, the one before has done that, and this one has not begun
         alarm = min(started + _HAND_BACK if current.batched else inf, current.soft_at, current.hard_at)
         if alarm < self.watchdog.wakes_at:
             self.watchdog.wake(alarm)
@@ -306,23 +321,33 @@ class Worker:
         while doomed:
             signal.pause()  # the watchdog is about to end this process; its word on the job stands
         runtime = monotonic() - started
-        if current.quiet:
-            # Its result waits in the page for others, but not long.
+        if runtime > _LITTLE:
+            self._read_at = -inf
+        if self.lane is _TASKS:
+            # Its result goes through the page, and waits there for others, but not long.
             try:
                 fcntl(self._fd, F_GETFD)
             except OSError:  # the job has closed our line: no result of it counts, and those of others are in the page
                 os._exit(EX_UNREADY)
-            with self._sending:
-                if kept := page.add(job, flag, started, runtime, body):
-                    page.end()
+            for _ in range(2):
+                with self._sending:
+                    if kept := page.add(job, flag, started, runtime, body):
+                        page.end()
+                if kept or not page.waiting:
+                    break
+                booting.flush_streams()
+                self.send()  # makes room
             if kept:
-                if not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE:
+                leaves = not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE
+                if leaves or not quiet:
                     booting.flush_streams()
+                if leaves:
                     self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
                     self._sent_at = started
                     self.send()
                 return
-            self.send(encode(Kind.STARTED, job, a=started))  # no room
+            if current.quiet:
+                self.send(encode(Kind.STARTED, job, a=started))  # too large for a page
         page.end()
         booting.flush_streams()
         self._report(job, flag, runtime, body)
@@ -353,8 +378,6 @@ class Worker:
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
         if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-        if runtime > _LITTLE:
-            self._read_at = -inf
         peak = self._peak
         if type(body) is Bulk:
             self._send_bulk(Frame(Kind.DONE, job, flag, runtime, peak, b"", body))

@@ -26,6 +26,7 @@ SIZE = 2
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPool]:
     with ProcessPool(SIZE) as pool:
+        pool.submit(support.give).result(PATIENCE)
         yield pool
 
 

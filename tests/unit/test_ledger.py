@@ -305,8 +305,12 @@ def test_whoever_cannot_be_killed_is_heard_out_before_its_jobs_go_elsewhere(worl
 def test_what_a_dead_worker_had_begun_is_lost_and_the_rest_runs_elsewhere(world: World) -> None:
     """Nobody could read how those had ended, such as behind garbage."""
     span = f.Span(1, 0.0, 0.0, array("I", [1] * 4), b"abcd")
-    world.ledger.apply(f.BundleSubmitted(span), world.now)
-    actions = world.ledger.apply(f.WorkerGone(0, 70, None, None, begun=[5, 1, 2]), world.now)
+    for number in range(100, 130):  # now it is known that they are quick, and several go together
+        world.submit(number)
+        world.run(0)
+    (given,) = world.ledger.apply(f.BundleSubmitted(span), world.now)
+    assert given.job.ids == span.ids
+    actions = world.ledger.apply(f.WorkerGone(0, 70, None, None, begun=[129, 5, 1, 2]), world.now)
     told = {action.frame.job: open_verdict(action.frame.body) for action in actions if type(action) is f.Tell}
     assert [(job, state) for job, (state, _) in sorted(told.items())] == [(1, JobState.LOST), (2, JobState.LOST)]
     assert {(facts["exitcode"], facts["runtime"]) for _, facts in told.values()} == {(70, None)}

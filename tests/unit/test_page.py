@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpworker.errors import ProtocolError
 from mpworker.pool.frames import Frame, FrameReader, Kind
-from mpworker.pool.page import MOST, SIZE, Page, Ran, check, create, results, who_ran
+from mpworker.pool.page import MOST, SHEETS, SIZE, Page, Ran, check, create, results, who_ran
 
 
 @pytest.fixture
@@ -60,13 +60,29 @@ def test_the_dead_leave_what_they_sent_last_and_what_they_did_not_send() -> None
     fd = create()
     reader = Page(os.dup(fd))
     page = Page(fd, worker=1, mine=True)
-    for batch in range(4):
+    for batch in range(SHEETS + 2):
         for job in range(3):
             page.add(10 * batch + job, 0, 0.0, 0.0, b"%d" % job)
-        if batch < 3:
+        if batch <= SHEETS:
             _sent(page)
     left = [ran.job for frame in reader.left() for ran in results(frame)]
-    assert sorted(left) == [20, 21, 22, 30, 31, 32]
+    assert left == [10 * batch + job for batch in range(2, SHEETS + 2) for job in range(3)]
+
+
+def test_what_nobody_has_heard_is_not_written_over() -> None:
+    fd = create()
+    dispatcher, page = Page(os.dup(fd), worker=1), Page(fd, mine=True)
+    for _ in range(SHEETS - 1):
+        assert page.has_sheet
+        page.add(1, 0, 0.0, 0.0, b"")
+        _sent(page)
+    assert not page.has_sheet
+    for _ in range(3):
+        dispatcher.heard()
+        assert page.has_sheet
+        page.add(1, 0, 0.0, 0.0, b"")
+        _sent(page)
+        assert not page.has_sheet
 
 
 def test_nobody_can_shrink_or_write_over_it() -> None:
