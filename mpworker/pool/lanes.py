@@ -28,7 +28,7 @@ MAX_BOOT_FAILURES = 5
 BOOT_BACKOFF = 0.1
 BOOT_BACKOFF_MAX = 5.0
 #: A backlog of tiny jobs is handed out in batches worth about this many seconds …
-BATCH_SECONDS = 0.004
+BATCH_SECONDS = 0.008
 #: … and of at most this many jobs …
 BATCH_JOBS = 256
 #: … of which each costs so many seconds besides its run time.

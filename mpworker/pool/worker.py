@@ -339,6 +339,8 @@ class Worker:
                 self.send()  # makes room
             if kept:
                 leaves = not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE
+                if runtime > _PATIENCE / 2 and len(self.inbox) == 1:  # more shall be here when that one is done
+                    leaves = True
                 if leaves or not quiet:
                     booting.flush_streams()
                 if leaves:
