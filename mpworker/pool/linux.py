@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -81,3 +82,33 @@ def children() -> list[int]:
         return [int(pid) for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split()]
     except (OSError, ValueError):
         return []
+
+
+def descendants(pid: int) -> list[int]:
+    """A process' children, theirs, and so on; empty where the kernel does not tell. Not what has left its parent."""
+    found, families = [], [pid]
+    while families:
+        with contextlib.suppress(OSError, ValueError):
+            for task in Path(f"/proc/{families.pop()}/task").iterdir():
+                children = [int(child) for child in (task / "children").read_text().split()]
+                found += children
+                families += children
+    return found
+
+
+def kill_strays(pid: int) -> None:
+    """SIGKILL for those descendants of a process that have left its group, such as those in a session of their own."""
+    handles = {}
+    with contextlib.suppress(OSError, AttributeError):
+        group = os.getpgid(pid)
+        for stray in descendants(pid):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(stray) != group:
+                    handles[stray] = os.pidfd_open(stray)  # so that the number cannot come to mean another process
+    if handles:
+        family = set(descendants(pid))  # looked up before any of them loses its parent
+        for stray, handle in handles.items():
+            if stray in family:
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)

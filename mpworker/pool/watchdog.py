@@ -179,6 +179,8 @@ class Watchdog(threading.Thread):
                 worker.interrupt()
             elif signum:
                 worker.send_now(b"", 0.1)  # the end of the job before this one may still wait for company
+                if signum in (signal.SIGTERM, signal.SIGKILL):
+                    linux.kill_strays(os.getpid())
                 os.killpg(os.getpgrp(), signum)
         if returned:
             self._give_back([frame.job])
@@ -189,6 +191,7 @@ class Watchdog(threading.Thread):
 
     def _die(self) -> None:
         group = os.getpgrp()
+        linux.kill_strays(os.getpid())  # now: who does not catch the signal that comes next cannot do it any more
         os.killpg(group, signal.SIGTERM)
         time.sleep(_TERM_TO_KILL)
         os.killpg(group, signal.SIGKILL)

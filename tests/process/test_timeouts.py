@@ -51,6 +51,34 @@ def stop_itself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def start_session(log: Path, deaf: bool) -> None:
+    """Has a child in a session of its own, which has a deaf child in another one."""
+    code = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    code += "command = [sys.executable, '-c', 'import time; time.sleep(60)'];"
+    code += "child = subprocess.Popen(command, start_new_session=True); print(child.pid, flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    support.append(log, f"{child.pid} {child.stdout.readline().strip()}")
+    hold_the_gil() if deaf else support.sleep()
+
+
+@pytest.mark.parametrize("how", ["watchdog", "dispatcher", "cancel"])
+def test_sessions_of_their_own_end_with_the_task(pool: ProcessPool, how: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    future = pool.schedule(start_session, (log, how == "dispatcher"), timeout=PATIENCE if how == "cancel" else 2.0)
+    wait_until(log.exists, what="they have been started")
+    wait_until(lambda: support.lines(log), what="they have been noted")
+    strays = [int(pid) for line in support.lines(log) for pid in line.split()]
+    assert len(strays) == 2
+    if how == "cancel":
+        future.cancel()
+    else:
+        with pytest.raises(TimeLimitExceeded):
+            future.result(PATIENCE)
+    wait_until(lambda: not any(map(support.alive, strays)), what="nobody is left")
+    assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
 def spin() -> None:
     end = time.monotonic() + 20
     while time.monotonic() < end:
