@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from billiard.common import REMAP_SIGTERM, TERM_SIGNAME, human_status
@@ -140,21 +140,24 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except ConfigurationError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
         self._settings = settings
-        register_models(app)
         try:
-            spec = child.describe_app(app)
+            spec, description = self._describe()
         except PayloadError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
         start_method = start_method_of(settings)
-        forked = start_method == "fork"
-        if forked:
+        if spec.place is None and (names := child.local_tasks(app)):
+            if start_method == "auto":  # a test's app, say
+                why = "start method fork: the app is in no module that a worker process could import, and %s is local"
+                logger.info(why, names[0])
+                start_method = "fork"
+            elif start_method != "fork":
+                logger.error(
+                    "worker processes will not know %s: the app is in no module that they could import; "
+                    "define it at the top level of one, or set mpworker_start_method to fork",
+                    ", ".join(names),
+                )
+        if start_method == "fork":
             child.adopt(app)
-        elif spec.place is None and (names := child.local_tasks(app)):
-            logger.error(
-                "worker processes will not know %s: the app is in no module that they could import; "
-                "define it at the top level of one, or set mpworker_start_method to fork",
-                ", ".join(names),
-            )
         if spec.in_main and (script := getattr(sys.modules["__main__"], "__file__", None)):
             # Where Celery looks, so that the script's tasks are named in the children as they are here.
             os.environ["MP_MAIN_FILE"] = os.path.abspath(script)
@@ -170,13 +173,30 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 task_log=settings.task_log << 10,
                 label=f" ({hostname})" if hostname else "",
             ),
-            preload=(child.load, (spec,)),
-            initializer=(child.initialize, (hostname, str(app.conf.result_backend or "").startswith("mpworker+"))),
-            finalizer=(child.finish, (0,)),
-            soft_error=child.soft_limit_error,
-            import_main=spec.in_main,
-            slot_env=self._slot_env,
+            **description,
         )
+
+    def _describe(self, include: Iterable[str] = ()) -> tuple[child.AppSpec, dict[str, Any]]:
+        """The app as it is now, and how a worker process gets it.
+
+        Args:
+            include: modules of tasks that it might not know of.
+
+        Raises:
+            PayloadError: it is in no module, and cannot be pickled either.
+        """
+        app, hostname = self.app, (self.options.get("initargs") or (None, ""))[1]
+        register_models(app)
+        spec = child.describe_app(app)
+        spec = spec._replace(include=tuple(dict.fromkeys((*spec.include, *include))))
+        return spec, {
+            "preload": (child.load, (spec,)),
+            "initializer": (child.initialize, (hostname, str(app.conf.result_backend or "").startswith("mpworker+"))),
+            "finalizer": (child.finish, (0,)),
+            "soft_error": child.soft_limit_error,
+            "import_main": spec.in_main,
+            "slot_env": self._slot_env,
+        }
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -459,6 +479,23 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return b""
 
     # -- size ----------------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """``pool_restart``: every process is replaced once its task is done, and loads the application anew."""
+        modules = {task.__module__ for name, task in self.app.tasks.items() if not name.startswith("celery.")}
+        try:
+            spec, description = self._describe(sorted(modules - {"__main__"}))
+        except PayloadError as exc:
+            logger.error("the pool is not restarted: %s", exc)
+            return
+        if self.handle.options.start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
+            logger.warning(
+                "pool_restart: the app is in no module that a worker process could import; its processes are replaced, "
+                "but with the code that this node was started with"
+            )
+            description = {}
+        self.handle.restart(**description)
+        self._loop.watch_writing()
 
     @property
     def num_processes(self) -> int:

@@ -122,6 +122,7 @@ class Dispatcher:
         self._orphaned = self._finished = self._paused = False
         self._actions: dict[type, Callable[[Any], None]] = {
             f.Spawn: self._spawn,
+            f.Reload: self._reload,
             f.Promote: self._promote,
             f.Assign: self._assign,
             f.Look: self._look_into_page,
@@ -333,6 +334,10 @@ class Dispatcher:
         self._parent.put_fd(crew.page_fd)
         self._show_workers()
 
+    def _reload(self, action: f.Reload) -> None:
+        self._boot = self._boot._replace(body=action.boot)
+        self._nursery.reload(action.boot)
+
     def _promote(self, action: f.Promote) -> None:
         worker, slot = action
         if worker in self._wires:
@@ -525,6 +530,8 @@ def _asked(frame: Frame) -> Any:
         return f.Resized(job)
     if kind is Kind.FLUSH:
         return f.FlushAsked(job)
+    if kind is Kind.RESTART:
+        return f.Restarting(body)
     if kind is Kind.DRAIN:
         return f.Draining()
     if kind is Kind.STOP:

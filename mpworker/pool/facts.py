@@ -213,6 +213,13 @@ class Draining(NamedTuple):
     """Nothing more will be submitted."""
 
 
+class Restarting(NamedTuple):
+    """Every worker shall be replaced once its job is done."""
+
+    #: what children need from now on, opaque; empty: nothing has changed
+    boot: bytes
+
+
 class Stopping(NamedTuple):
     """Everything shall end now."""
 
@@ -363,6 +370,12 @@ class Spawn(NamedTuple):
     lane: Lane
 
 
+class Reload(NamedTuple):
+    """Workers that are started from here on have the application as it is now."""
+
+    boot: bytes
+
+
 class Promote(NamedTuple):
     """The spare gets the slot of one that is gone: from here on it is a worker that starts."""
 
@@ -429,4 +442,4 @@ class Finish(NamedTuple):
     """The dispatcher's work is over."""
 
 
-Action = Spawn | Promote | Assign | Look | Dismiss | Signal | Kill | Abandon | AskToShrink | Tell | Finish
+Action = Spawn | Reload | Promote | Assign | Look | Dismiss | Signal | Kill | Abandon | AskToShrink | Tell | Finish

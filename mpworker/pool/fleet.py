@@ -327,7 +327,8 @@ class Fleet:
     # -- ending --------------------------------------------------------------------------------------------------
 
     def kill(self, worker: int, signum: int) -> None:
-        """Signals a worker's whole process group. A worker without a pid yet loses its lines, which ends it."""
+        """Signals a worker's whole process group, and kills those descendants that have left it. A worker without a pid
+        yet loses its lines, which ends it."""
         crew = self.crews.get(worker)
         if crew is None:
             return
@@ -335,6 +336,7 @@ class Fleet:
             with contextlib.suppress(OSError):
                 crew.data.shutdown(socket.SHUT_RDWR)
             return
+        linux.kill_strays(crew.pid)
         for send in (os.killpg, os.kill):  # the second for one that has not made its group yet
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 send(crew.pid, signum)

@@ -57,6 +57,7 @@ class Kind(IntEnum):
     DRAIN = 6  # nothing more will be submitted: finish all, then end
     GOT = 15  # the next descriptor has arrived here, flag: 1 if it got lost
     STOP = 7  # end now
+    RESTART = 16  # replace all workers; body: what children need from now on, or empty: as before
     MEMORY = 8  # job that is submitted next, a: memory limit in bytes
     BUNDLE = (
         9  # job: the first of several, a: soft limit, b: hard limit, extra: lengths, body: calls; goes to a worker, too

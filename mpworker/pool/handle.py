@@ -283,6 +283,17 @@ class Handle:
         self._size = size
         self._send(encode(Kind.RESIZE, size))
 
+    def restart(self, **description: Any) -> None:
+        """Replaces every worker once its current job is done.
+
+        Args:
+            description: keywords of :func:`mpworker.pool.boot.describe`, of the application as it is now, which is
+                loaded anew; none: workers are made as before.
+        """
+        if description:
+            self._boot = booting.describe(label=self.options.label, heirlooms=self._heirlooms, **description)
+        self._send(encode(Kind.RESTART, body=self._boot if description else b""))
+
     def _send(self, *pieces: bytes) -> None:
         self._gather()
         self._outbox.put(*pieces)

@@ -97,6 +97,7 @@ class Ledger:
             f.Resized: lambda event, now: self._tasks.resize(event.size, now),
             f.FlushAsked: self._flush_asked,
             f.Paused: self._pause,
+            f.Restarting: self._restart,
             f.Draining: self._drain,
             f.Stopping: self._stop,
             f.WorkerReady: self._ready,
@@ -262,6 +263,18 @@ class Ledger:
         full = HOOKS_HIGH_WATER if not self._tasks.paused else HOOKS_HIGH_WATER // 2
         self._tasks.paused = self._parent_is_full or self._hook_load > full
         self._tasks.feed(now)
+
+    def _restart(self, event: f.Restarting, now: float) -> None:
+        if self._ending:
+            return
+        if event.boot:
+            self._out.append(f.Reload(event.boot))
+        for book in self._books:
+            for worker in book.everybody():
+                if worker is book.spare or worker.state is WorkerState.STARTING:  # has loaded what was there before
+                    self._end_worker(book, worker, now)
+                elif worker.state in (WorkerState.IDLE, WorkerState.BUSY):
+                    book.retire(worker, now)
 
     def _drain(self, event: f.Draining, now: float) -> None:
         self._ending = self._tasks.draining = self._hooks.draining = True

@@ -70,6 +70,13 @@ class Nursery:
         self._wire = Wire(self._selector, line, self._read)
         self._loading_until, self._ready = time.monotonic() + self._ready_timeout, False
 
+    def reload(self, boot: bytes) -> None:
+        """Has the application loaded anew, in another template: what forks ask for meanwhile waits for it."""
+        self._boot = boot
+        if self._method != "spawn":
+            self._drop()
+            self._reopen()
+
     @property
     def deadline(self) -> float:
         """When :meth:`tick` is due, by ``time.monotonic()``."""
@@ -137,6 +144,9 @@ class Nursery:
                 self._fail(f"the process that loads the application died while it did so, {_MAX_LOADING_DEATHS} times")
                 return
         self._owner.log(logging.WARNING, "the template died; a new one is started")
+        self._reopen()
+
+    def _reopen(self) -> None:
         if self._method == "fork":
             self._method = "auto"  # the parent's memory cannot be had again
         self.open()

@@ -67,6 +67,9 @@ class World:
         self._take_slot(action)
         self.workers[action.worker] = Played(action.slot, action.lane)
 
+    def _reload(self, action: f.Reload) -> None:
+        assert action.boot
+
     def _promote(self, action: f.Promote) -> None:
         spare = self.workers[action.worker]
         assert (spare.slot, spare.ready, spare.killed) == (f.NO_SLOT, False, 0)
@@ -316,6 +319,37 @@ def test_what_a_dead_worker_had_begun_is_lost_and_the_rest_runs_elsewhere(world:
     assert {(facts["exitcode"], facts["runtime"]) for _, facts in told.values()} == {(70, None)}
     assert {type(job) for job in world.ledger.jobs.values()} <= {Job}
     assert sorted(world.ledger.jobs) == [3, 4]
+
+
+def test_a_restart_replaces_everybody_once_his_job_is_done() -> None:
+    world = World(2)
+    world.tell(f.Begun())
+    world.get_ready(0)
+    world.get_ready(1)
+    world.submit(1)
+    (busy,) = (worker for worker, played in world.workers.items() if played.inbox)
+    idle = 1 - busy
+    world.begin(busy)
+    assert world.tell(f.Restarting(b"new"))[0] == f.Reload(b"new")
+    assert world.workers[idle].leaving
+    assert not world.workers[busy].leaving
+    world.submit(2)
+    assert not world.workers[busy].inbox
+    world.exit(idle, 0, None)
+    (new,) = set(world.workers) - {0, 1}
+    world.get_ready(new)
+    assert [job.id for job in world.workers[new].inbox] == [2]
+    world.end(busy)
+    assert world.workers[busy].leaving
+
+
+def test_a_restart_ends_whoever_loads_what_was_there_before() -> None:
+    world = World(1)
+    world.tell(f.Begun())
+    (young,) = world.workers
+    assert f.Kill(young, signal.SIGTERM) in world.tell(f.Restarting(b""))
+    world.tell(f.Draining())
+    assert world.tell(f.Restarting(b"new")) == []
 
 
 def test_the_watchdogs_word_comes_before_the_exit(world: World) -> None:

@@ -290,6 +290,9 @@ class World:
             self._take(action.slot, action.lane)
         self.workers[action.worker] = Played(action.worker, action.slot, action.lane)
 
+    def _reload(self, action: f.Reload) -> None:
+        assert action.boot
+
     def _promote(self, action: f.Promote) -> None:
         if (spare := self.workers.get(action.worker)) is not None:
             assert (spare.slot, spare.kills) == (f.NO_SLOT, 0)
@@ -611,6 +614,10 @@ class Machine(RuleBasedStateMachine):
     def pause(self, on: bool) -> None:
         self.world.tell(f.Paused(on))
 
+    @open_rule(boot=st.sampled_from([b"", b"new"]))
+    def restart(self, boot: bytes) -> None:
+        self.world.tell(f.Restarting(boot))
+
     @open_rule(really=st.integers(0, 5))
     def flush(self, really: int) -> None:
         if really == 0:
@@ -745,7 +752,16 @@ class Machine(RuleBasedStateMachine):
     @open_rule(luck=LUCK, count=st.integers(1, 4), together=st.booleans())
     def repeat(self, luck: int, count: int, together: bool) -> None:
         """Something is heard again, however late."""
-        parents = (f.Begun, f.Submitted, f.BundleSubmitted, f.Resized, f.Draining, f.Stopping, f.FlushAsked)
+        parents = (
+            f.Begun,
+            f.Submitted,
+            f.BundleSubmitted,
+            f.Resized,
+            f.Restarting,
+            f.Draining,
+            f.Stopping,
+            f.FlushAsked,
+        )
         history = [event for event in self.world.history if not isinstance(event, parents)]
         if history:
             at = luck % len(history)
