@@ -32,17 +32,21 @@ MAY = {
     "demo": {*BASE, "celery", "embedded", "monitor", "results", "subprocesses"},
     "cli": {*BASE, "__init__", "demo", "embedded", "monitor", "results", "subprocesses"},
     "__main__": {"cli"},
+    "pytest_plugin": set(),
 }
 #: And what it may import later, in a function, where that points up or needs a heavy library.
 MAY_LATER = {
     "model": {"celery"},  # only with broker=
     "guard": {"pool"},  # the title
     "cli": {"celery"},
+    "pytest_plugin": {"__init__", "celery", "embedded"},
 }
 HEAVY = {"celery", "kombu", "billiard", "vine"}
 #: Libraries, besides HEAVY in mpworker/celery, that a room may need.
 LIBRARIES = {"celery": {*HEAVY, "redis", "click"}, "monitor": {"rich"}, "cli": {"click", "rich"}, "demo": {"rich"}}
+LIBRARIES["pytest_plugin"] = {"pytest"}
 LATER_LIBRARIES = {"demo": {"celery"}, "cli": {"celery", "redis"}, "embedded": {"redis"}, "results": {"redis"}}
+LATER_LIBRARIES["pytest_plugin"] = {"celery", "redis"}
 
 
 def room_of(path: Path) -> str:
