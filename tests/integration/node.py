@@ -20,9 +20,12 @@ from typing import Any, TypeVar
 import support
 from celery import Celery
 
+import mpworker
+
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[2]
+#: Where the mpworker is that is tested: the checkout, or what has been installed.
+HOME = str(Path(mpworker.__file__).resolve().parents[1])
 PROJECTS = Path(__file__).resolve().parent / "projects"
 POOL = "mpworker.celery.pool:TaskPool"
 #: Seconds that anything may take on a machine that is busy with other things.
@@ -142,8 +145,7 @@ class Node:
     def _environment(self, install: bool, config: dict[str, Any], extra: dict[str, str]) -> dict[str, str]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MPWORKER_", "CELERY_", "SHOP_"))}
         env[MARK] = self.mark
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env["PYTHONDONTWRITEBYTECODE"] = "1"
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [HOME, os.environ.get("PYTHONPATH")]))
         env["SHOP_NOTES"] = str(self.notes.path)
         env["SHOP_CONFIG"] = json.dumps(config)
         env["MPWORKER_DATA_DIR"] = str(self.folder / "data")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.node import PATIENCE, ROOT, Node, Notes, Server, ask, client_of, eventually
+from integration.node import HOME, PATIENCE, Node, Notes, Server, ask, client_of, eventually
 
 from mpworker.results.query import ResultStore
 
@@ -131,7 +131,7 @@ def test_a_task_that_always_exits_is_poison_too(shop: Shop) -> None:
 
 def test_the_bundled_server_need_not_run(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MPWORKER_", "CELERY_"))}
-    env |= {"MPWORKER_DATA_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env |= {"MPWORKER_DATA_DIR": str(tmp_path), "PYTHONPATH": HOME}
     command = [sys.executable, "-m", "mpworker", "requeue", "unknown"]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")

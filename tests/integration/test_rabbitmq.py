@@ -55,9 +55,10 @@ class RabbitMQ:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
             "RABBITMQ_PID_FILE": str(self.folder / "pid"),
         }
+        # A mapper of our own, in the foreground: the one that Erlang would start stays for ever.
+        mapper = [] if self.processes else [["epmd", "-port", str(self.mapper_port)]]
         with open(self.folder / "output", "ab") as output:
-            # A mapper of our own, in the foreground: the one that Erlang would start stays for ever.
-            for command in (["epmd", "-port", str(self.mapper_port)], [str(PROGRAM)]):
+            for command in (*mapper, [str(PROGRAM)]):
                 self.processes.append(
                     subprocess.Popen(
                         command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -71,6 +72,12 @@ class RabbitMQ:
             with amqp.Connection(f"127.0.0.1:{self.port}", connect_timeout=2):
                 return True
         return False
+
+    def kill(self):
+        """As a crash would; :meth:`start` brings it back with what it has on disk."""
+        server = self.processes.pop()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(PATIENCE)
 
     def stop(self):
         for process in reversed(self.processes):
@@ -203,3 +210,31 @@ def test_warm_shutdown_beats_on_and_acknowledges(broker, client, tmp_path):
 def test_inspect(shop):
     node, client = shop
     assert ask(client, node, "stats")["pool"]["processes"] == node.pids("mpworker: worker")
+
+
+@pytest.mark.long
+def test_twenty_restarts_under_load(tmp_path):
+    """``pytest -n 0 -m long tests/integration/test_rabbitmq.py``: some five minutes."""
+    rabbit = RabbitMQ()
+    try:
+        rabbit.start()
+        with Server() as results:
+            config = {"broker_connection_max_retries": None, "broker_connection_retry_on_startup": True}
+            config |= {"task_acks_late": True, "worker_prefetch_multiplier": 1}
+            app = Celery("client", broker=rabbit.broker, backend=results.results, set_as_current=False)
+            with node_on((rabbit, results), tmp_path, "-c", "2", **config) as node:
+                for turn in range(20):
+                    for _ in range(10):
+                        send(app, "nap", 0.05, f"turn {turn}")
+                    node.notes.wait("awake", 3, name=f"turn {turn}")
+                    rabbit.kill()
+                    rabbit.start()
+                    app._after_fork()  # forgets its connections
+                    late = [send(app, "add", turn, n) for n in range(10)]
+                    eventually(lambda late=late: all(result.ready() for result in late), PATIENCE, f"turn {turn}")
+                    assert [result.result for result in late] == [turn + n for n in range(10)]
+                assert len(node.pids("mpworker: worker")) == 2
+            app.backend.result_consumer.cancel_for = lambda task_id: None
+            app.close()
+    finally:
+        rabbit.stop()

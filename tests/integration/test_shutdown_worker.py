@@ -207,10 +207,11 @@ def test_shutdown_by_remote_control(client, node_of):
     node.await_gone(2.0)
 
 
-def test_a_broker_killed_and_restarted_under_load(server, client, node_of):
+@pytest.mark.parametrize("turns", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_broker_killed_and_restarted_under_load(server, client, node_of, turns):
     config = {"broker_connection_retry_on_startup": True, "broker_connection_max_retries": None}
     node = node_of("-c", "2", config=config)
-    for turn in range(3):
+    for turn in range(turns):
         results = [client.send_task("shop.tasks.nap", args=(0.05, f"turn {turn}")) for _ in range(20)]
         node.notes.wait("awake", 3, name=f"turn {turn}")
         server.kill()

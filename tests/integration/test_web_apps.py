@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from integration.node import HOME
 
 ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "config" / "web"
@@ -64,8 +65,7 @@ class Node:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What both sides share: nothing is configured but the folder of the data and the module of the tasks."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MPWORKER_", "CELERY_"))}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [HOME, os.environ.get("PYTHONPATH")]))
     return env | {"MPWORKER_DATA_DIR": str(tmp_path_factory.mktemp("web")), "MPWORKER_INCLUDE": "tasks"}
 
 
@@ -120,7 +120,7 @@ request = flask_client()
 code, answer = request("POST", "/average", [1])
 print(json.dumps(request("GET", "/result/" + answer["task_id"], None)))
 """
-    path = os.pathsep.join([str(WEB), str(ROOT), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(WEB), HOME, str(Path(__file__).parent)])
     done = run_python(script, os.environ | {"PYTHONPATH": path})
     assert json.loads(done.stdout) == [200, {"state": "PENDING", "result": None}]
 
@@ -155,7 +155,7 @@ HEAVY = (
 
 
 def test_importing_mpworker_starts_nothing_and_loads_little(tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": HOME, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
     done = run_python(_AUDIT, env, cwd=tmp_path)
     found = json.loads(done.stdout)
 

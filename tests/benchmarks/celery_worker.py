@@ -1,0 +1,265 @@
+"""A node with our pool beside the same node with prefork: ``python tests/benchmarks/celery_worker.py``.
+
+The same app on the same kind of server, results kept, two processes; both take turns within each round, so that a
+machine that slows down slows both. The report is ``celery-results.md`` beside this file.
+
+    --rounds N    default 5        --quick    fewer tasks        --out FOLDER    where the report goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE.parent)]
+import support  # noqa: E402
+
+POOLS = ("mpworker", "prefork")
+PROCESSES = 2
+PATIENCE = 180.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Target(NamedTuple):
+    """What is wanted of ours beside prefork, or by itself."""
+
+    title: str
+    factor: float
+    at_most: bool = True
+    alone: bool = False
+
+
+#: By the figure's name.
+TARGETS = {
+    "start, s": Target("from the command to ready", 1.0),
+    "round trip p50, ms": Target("one task at a time, from delay() to get()", 1.0),
+    "round trip p99, ms": Target("the same", 1.0),
+    "no-op, tasks/s": Target("what waits in the broker, until the last result is kept", 1.0, at_most=False),
+    "1 ms, tasks/s": Target("the same with tasks of 1 ms", 0.0, at_most=False),
+    "10 ms, of the ideal": Target("the same with tasks of 10 ms; 1 is processes / duration", 0.98, False, alone=True),
+    "MainProcess, us of CPU per no-op": Target("its own time, in user and kernel mode", 1.0),
+    "node, us of CPU per no-op": Target("all of its processes together", 0.0),
+    "50 late acks, s": Target("with a prefetch of one", 1.0, alone=True),
+    "node, MB": Target("proportional set size of all its processes, after all of this", 1.0),
+}
+
+
+class Node:
+    """A ``celery worker`` process and its children."""
+
+    def __init__(self, pool: str, folder: Path, more: dict[str, str]) -> None:
+        self.log = folder / "log"
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        env |= {"BENCH_POOL": pool, "MPWORKER_DATA_DIR": str(folder / "data"), **more}
+        env["PYTHONPATH"] = os.pathsep.join([str(_HERE), *filter(None, sys.path)])
+        command = [sys.executable, "-m", "celery", "-A", "celery_app", "worker", "-l", "INFO", "-c", str(PROCESSES)]
+        command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        command += ["-P", "prefork"] if pool == "prefork" else []
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def await_ready(self) -> None:
+        support.wait_until(lambda: " ready." in self.log.read_text(), PATIENCE, "the node is ready")
+
+    def pids(self) -> list[int]:
+        """Its processes: all that descend from it."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+
+        def descends(pid: int) -> bool:
+            while pid and pid != self.process.pid:
+                pid = parents.get(pid, 0)
+            return pid != 0
+
+        return [pid for pid in parents if descends(pid)]
+
+    def cpu(self, pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+    def memory(self) -> float:
+        """Megabytes."""
+        total = 0
+        for pid in self.pids():
+            found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+            total += int(found[1]) if found else 0
+        return total / 1024
+
+    def end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def _parent(path: Path) -> int:
+    try:
+        return int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+@contextmanager
+def _server() -> Iterator[Any]:
+    server = support.RedisServer()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@contextmanager
+def _running(pool: str, **more: str) -> Iterator[Running]:
+    """A node on a server of its own, and the app as a client of it."""
+    with tempfile.TemporaryDirectory() as folder, _server() as server:
+        os.environ["BENCH_URL"] = f"redis://127.0.0.1:{server.port}"
+        import celery_app
+
+        begun = time.monotonic()
+        node = Node(pool, Path(folder), more)
+        try:
+            node.await_ready()
+            yield Running(node, celery_app, server.client(db=1), time.monotonic() - begun)
+        finally:
+            node.end()
+            celery_app.app.close()
+            del sys.modules["celery_app"]  # the next server is another one
+
+
+class Running(NamedTuple):
+    """A node that is ready."""
+
+    node: Node
+    tasks: Any
+    results: Any
+    #: seconds
+    start: float
+
+    def run(self, task: Any, count: int, *args: Any) -> float:
+        """Seconds from the first to the last of what waited."""
+        app = self.tasks.app
+        app.control.cancel_consumer("celery", reply=True, timeout=PATIENCE, limit=1)
+        self.results.flushdb()
+        with app.producer_or_acquire() as producer:
+            for _ in range(count):
+                task.apply_async(args, producer=producer)
+        begun = time.monotonic()
+        app.control.add_consumer("celery")
+        while self.results.dbsize() < count:
+            if time.monotonic() > begun + PATIENCE:
+                raise TimeoutError(f"{self.results.dbsize()} of {count} results:\n{self.node.log.read_text()}")
+            time.sleep(0.002)
+        return time.monotonic() - begun
+
+
+def measure(pool: str, counts: dict[str, int]) -> dict[str, float]:
+    """The figures of two nodes, one after the other."""
+    found: dict[str, float] = {}
+    with _running(pool) as running:
+        node, tasks = running.node, running.tasks
+        found["start, s"] = running.start
+        for _ in range(20):
+            tasks.noop.delay().get(timeout=PATIENCE)
+        trips = []
+        for _ in range(counts["trips"]):
+            sent = time.perf_counter()
+            tasks.noop.delay().get(timeout=PATIENCE)
+            trips.append(1000 * (time.perf_counter() - sent))
+        found["round trip p50, ms"], found["round trip p99, ms"] = median(trips), quantiles(trips, n=100)[98]
+        main, everybody = node.process.pid, node.pids()
+        before = {pid: node.cpu(pid) for pid in everybody}
+        count = counts["no-op"]
+        found["no-op, tasks/s"] = count / running.run(tasks.noop, count)
+        used = {pid: node.cpu(pid) - before[pid] for pid in everybody}
+        found["MainProcess, us of CPU per no-op"] = 1e6 * used[main] / count
+        found["node, us of CPU per no-op"] = 1e6 * sum(used.values()) / count
+        found["1 ms, tasks/s"] = counts["1 ms"] / running.run(tasks.nap, counts["1 ms"], 0.001)
+        ideal = PROCESSES / 0.01
+        found["10 ms, of the ideal"] = counts["10 ms"] / running.run(tasks.nap, counts["10 ms"], 0.01) / ideal
+        found["node, MB"] = node.memory()
+    with _running(pool, BENCH_PREFETCH="1") as running:
+        running.run(running.tasks.late, 10)
+        found["50 late acks, s"] = running.run(running.tasks.late, 50)
+    return found
+
+
+def report(figures: dict[str, dict[str, list[float]]], rounds: int, command: str) -> str:
+    """The table as markdown: medians, and the spread over the rounds."""
+    lines = [
+        "# A node with our pool beside prefork",
+        "",
+        f"`{command}`, {time.strftime('%Y-%m-%d')}: medians of {rounds} alternating rounds, lowest to highest in "
+        f"brackets; {len(os.sched_getaffinity(0))} CPUs, {PROCESSES} processes, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}. Results are kept: ours in the journal and in Redis, prefork's in "
+        "Redis. Absolute figures are this machine's; compare within a line.",
+        "",
+        "| | mpworker | prefork | ratio | wanted |",
+        "|---|---|---|---|---|",
+    ]
+    missed = []
+    for name, target in TARGETS.items():
+        ours, theirs = figures["mpworker"][name], figures["prefork"][name]
+        ratio = median(ours) / median(theirs)
+        measured = median(ours) if target.alone else ratio
+        wanted = ""
+        if target.factor:
+            met = measured <= target.factor if target.at_most else measured >= target.factor
+            limit = f"{'at most' if target.at_most else 'at least'} {target.factor:g}"
+            wanted = f"{limit}: {'met' if met else '**not met**'}"
+            if not met:
+                missed.append(f"- {name}: {measured:.2f} instead of {target.factor:g}.")
+        lines.append(f"| {name} ({target.title}) | {_shown(ours)} | {_shown(theirs)} | {ratio:.2f} | {wanted} |")
+    return "\n".join([*lines, "", "## What falls short", "", *(missed or ["Nothing."])]) + "\n"
+
+
+def _shown(values: list[float]) -> str:
+    middle, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in _spread(values))
+    return f"{middle} ({low} … {high})"
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return median(values), min(values), max(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=_HERE)
+    options = parser.parse_args()
+    counts = {"trips": 300, "no-op": 4000, "1 ms": 3000, "10 ms": 1000}
+    if options.quick:
+        counts = {name: count // 4 for name, count in counts.items()}
+    command = " ".join(["python tests/benchmarks/celery_worker.py", *sys.argv[1:]])
+    figures: dict[str, dict[str, list[float]]] = {pool: {name: [] for name in TARGETS} for pool in POOLS}
+    for pool in POOLS:  # not counted: files come into memory, bytecode is written
+        measure(pool, dict.fromkeys(counts, 100))
+    for turn in range(options.rounds):
+        for pool in POOLS if turn % 2 else POOLS[::-1]:
+            for name, value in measure(pool, counts).items():
+                figures[pool][name].append(value)
+        print(f"round {turn + 1} of {options.rounds} is done", file=sys.stderr, flush=True)
+        text = report(figures, turn + 1, command)
+        (options.out / "celery-results.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
