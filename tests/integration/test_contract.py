@@ -103,9 +103,12 @@ def test_events_are_sent_while_somebody_asks_for_them(shop):
     with client.connection() as connection:
         receiver = client.events.Receiver(connection, handlers={"*": seen.append})
         with receiver.consumer_context() as (live, _, _):
-            result = send(shop, "add", 5, 5)
+            while not seen:  # a heartbeat: from here on it hears everything
+                live.drain_events(timeout=PATIENCE)
+            result, until = send(shop, "add", 5, 5), time.monotonic() + PATIENCE
             wanted = {"task-received", "task-started", "task-succeeded"}
             while wanted - {event["type"] for event in seen if event.get("uuid") == result.id}:
+                assert time.monotonic() < until, seen
                 live.drain_events(timeout=PATIENCE)
     assert "ok" in control(client, node, "disable_events")
     (received,) = [event for event in seen if (event["type"], event.get("uuid")) == ("task-received", result.id)]
