@@ -93,6 +93,7 @@ def _set_environment(slot: int, lane: Lane, boot: booting.Boot) -> None:
 
 def _look_like_a_child() -> None:
     # What multiprocessing's own bootstrap does for its children, minus the daemon flag: tasks may have children.
+    multiprocessing.process._children = set()  # type: ignore[attr-defined]  # of the process that this is a fork of
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
 

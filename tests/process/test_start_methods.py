@@ -305,3 +305,30 @@ if __name__ == "__main__":
     ended = support.run_script(script, tmp_path)
     assert (ended.code, ended.out) == (0, "True\n"), ended.err
     assert "spawn" not in ended.err
+
+
+BESIDE = """
+import multiprocessing, os
+from mpworker import ProcessPool
+
+def pids(pool):
+    return sorted(process.pid for process in pool._pool)
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2) as theirs:
+        theirs.map(abs, range(100))
+        before = pids(theirs)
+        with ProcessPool(2, start_method="fork", max_tasks_per_worker=20) as ours:
+            assert list(ours.map(abs, range(100))) == list(range(100))
+        assert theirs.map(abs, range(100)) == list(range(100))
+        assert pids(theirs) == before, "workers of theirs have been ended with ours"
+        theirs.close()
+        theirs.join()
+    print("both have ended")
+"""
+
+
+def test_a_pool_of_multiprocessing_lives_on_beside_it(tmp_path: Path) -> None:
+    """A worker that is a fork must not take its parent's children for its own when it leaves."""
+    ended = support.run_script(BESIDE, tmp_path)
+    assert ended.out == "both have ended\n", ended.err
