@@ -120,7 +120,6 @@ def test_every_question_has_an_answer(shop):
     for question in ("ping", "stats", "conf", "registered", "active", "reserved", "scheduled", "revoked", "report"):
         assert ask(client, node, question) is not None
     assert ask(client, node, "query_task", ["nobody"]) == {}
-    assert ask(client, node, "memsample") is not None
     assert ask(client, node, "clock")["clock"] > 0
 
 
