@@ -43,6 +43,8 @@ class Course:
         with self.changed:
             if self._last is not None:
                 self._last.next = chunk
+            while chunk.next is not None:  # it has been sent, and perhaps cut, before it got here
+                chunk = chunk.next
             self._last = chunk
 
     def insert(self, before: Chunk, chunk: Chunk) -> None:

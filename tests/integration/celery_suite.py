@@ -32,8 +32,10 @@ PATIENCE = 120
 #: Loaded by the run with our pool: everything else is the suite's own.
 PLUGIN = """
 from celery import concurrency
+from celery.app import backends
 
 concurrency.ALIASES["prefork"] = "mpworker.celery.pool:TaskPool"
+backends.BACKEND_ALIASES["redis"] = "mpworker.celery.backend:ResultBackend"
 """
 
 
@@ -43,12 +45,12 @@ def run(ours: bool, folder: Path, arguments: list[str]) -> dict[str, str]:
     server.start()
     try:
         redis = f"redis://127.0.0.1:{server.port}"
-        backend = "mpworker.celery.backend:ResultBackend+" if ours else ""
         paths = [str(folder), str(Path(mpworker.__file__).resolve().parents[1]), *filter(None, sys.path)]
         env = {key: value for key, value in os.environ.items() if not key.startswith(("CELERY_", "MPWORKER_"))}
         env |= {
             "TEST_BROKER": f"{redis}/0",
-            "TEST_BACKEND": f"{backend}{redis}/1",
+            "TEST_BACKEND": f"{redis}/1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "REDIS_HOST": "127.0.0.1",
             "REDIS_PORT": str(server.port),
             "PYTHONPATH": os.pathsep.join(paths),

@@ -80,4 +80,5 @@ def test_it_has_to_be_allowed(tmp_path: Path) -> None:
     with Server() as server, client_of(server) as client:
         env = {"BROKER": server.broker, "RESULTS": server.results, "METHOD": "auto"}
         with Node(tmp_path / "node", "-c", "1", app="mill", cwd=tmp_path, env=env) as node:
+            assert client.send_task("wheels.turn").get(timeout=PATIENCE)  # from here on it listens to all there is
             assert "not enabled" in str(control(client, node, "pool_restart"))

@@ -13,6 +13,7 @@ import pytest
 
 from mpworker.pool import chunks
 from mpworker.pool.chunks import MOST_BYTES, Run, Shape, pack_chunks
+from mpworker.pool.mapping import Course
 from mpworker.pool.parcel import open_call
 
 
@@ -188,3 +189,13 @@ def test_a_chunk_has_a_limit_in_items() -> None:
 
 def test_nothing_makes_no_chunk() -> None:
     assert opened() == opened([]) == opened(range(0)) == opened(range(3), []) == []
+
+
+def test_what_was_cut_off_before_its_chunk_is_in_its_place_is_not_left_out() -> None:
+    course, first, rest, rest_of_it, second = Course(2, 0.0, 0.0), *(SimpleNamespace(next=None) for _ in range(4))
+    with course.changed:
+        course.insert(first, rest)  # type: ignore[arg-type]
+        course.insert(rest, rest_of_it)  # type: ignore[arg-type]
+    course.append(first)  # type: ignore[arg-type]
+    course.append(second)  # type: ignore[arg-type]
+    assert [first.next, rest.next, rest_of_it.next, second.next] == [rest, rest_of_it, second, None]
