@@ -6,19 +6,14 @@ writes itself.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mpworker.pool.handle import Handle
 
 logger = logging.getLogger("mpworker.pool")
-
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
 
 class LoopLink:
@@ -100,16 +95,3 @@ def _run_acks(hub: Any) -> None:
                 hub.on_callback_error(callback, exc)
         else:
             hub.call_soon(callback)
-
-
-@contextlib.contextmanager
-def signals_held_back() -> Iterator[None]:
-    """Keeps the handlers of a shutdown, which use the pool themselves, out of the middle of something."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

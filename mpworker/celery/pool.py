@@ -33,9 +33,10 @@ from mpworker.celery import child, progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import Outage
 from mpworker.celery.failures import Failures
+from mpworker.celery.gate import SignalGate
 from mpworker.celery.hooks import ParentHooks
 from mpworker.celery.limits import limits_of
-from mpworker.celery.loop import LoopLink, signals_held_back
+from mpworker.celery.loop import LoopLink
 from mpworker.celery.models import register_models
 from mpworker.celery.poison import Deaths
 from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
@@ -123,6 +124,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle: handles.Handle = self._make_handle()
         self._loop = LoopLink(self.handle, self._pump)
         self._wakeup = SignalWakeup()
+        self._gate = SignalGate()
         self._hooks = ParentHooks(self.handle)
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
@@ -210,6 +212,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._outage.connect()
         self._hooks.connect()
         self._soft.connect()
+        self._gate.connect()
         if self._settings.task_log:
             task_log.source = self._log_of
         signals.worker_before_create_process.send(sender=self)
@@ -290,6 +293,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._outage.disconnect()
         self._loop.disconnect()
         self._wakeup.disconnect()
+        self._gate.disconnect()
 
     def flush(self) -> None:
         """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""
@@ -382,20 +386,41 @@ class TaskPool(BasePool):  # type: ignore[misc]
         loop would be taken for a lost broker."""
         with self._pumping:
             try:
-                with signals_held_back():  # a handler may come here itself, but not into a half-read frame
+                with self._gate:  # a handler may come here itself, but not into a half-read frame
                     self._events.extend(self.handle.drain())
             except Exception:
                 logger.exception("reading from the dispatcher failed")
             while self._events:
                 try:
-                    self._on_event(self._events.popleft())
+                    self._tell_next()
                 except (WorkerShutdown, WorkerTerminate):
                     raise
                 except BaseException:
                     logger.exception("a callback of Celery's failed")
             self._loop.follow()
 
-    def _on_event(self, frame: Frame) -> None:
+    def _tell_next(self) -> None:
+        """Tells Celery of the next event. A signal's handler that comes in between, and waits for all jobs to end,
+        finds each job either not yet told or entirely: what it interrupts cannot go on before it returns."""
+        with self._gate:
+            if not self._events:
+                return
+            frame = self._events.popleft()
+            ends = frame.kind in (Kind.DONE, Kind.ENDED)
+            job = self._jobs.pop(frame.job, None) if ends else self._jobs.get(frame.job)
+            if frame.kind is Kind.STARTED and job is not None:
+                self._on_started(job, frame)
+                return
+        self._on_event(frame, job)
+
+    def _on_started(self, job: Job, frame: Frame) -> None:
+        if self._soft.is_cold:
+            job.abandon()  # a cold shutdown has cancelled what it knew to run; this one it did not know yet
+            return
+        job.pid = int(frame.b)
+        self._call(job, "accept_callback", job.pid, frame.a)
+
+    def _on_event(self, frame: Frame, job: Job | None) -> None:
         kind = frame.kind
         if kind is Kind.HOOK_ENDED:
             self._hooks.ended(frame)
@@ -403,15 +428,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             logger.log(frame.flag, "%s", frame.body.decode(errors="replace"))
         elif kind is Kind.BROKEN:
             self._on_broken(frame.body.decode(errors="replace"))
-        elif (job := self._jobs.get(frame.job)) is None:
+        elif job is None:
             return
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
-        elif kind is Kind.STARTED and self._soft.is_cold:
-            job.abandon()  # a cold shutdown has cancelled what it knew to run; this one it did not know yet
-        elif kind is Kind.STARTED:
-            job.pid = int(frame.b)
-            self._call(job, "accept_callback", job.pid, frame.a)
         elif kind is Kind.SOFT:
             self._call(job, "timeout_callback", soft=True, timeout=frame.a)
         elif kind is Kind.PROGRESS:

@@ -141,6 +141,7 @@ class Node:
         ]
         self.command += [] if "--with-gossip" in args else ["--without-gossip", "--without-mingle"]
         self.process: subprocess.Popen[bytes] | None = None
+        self.subscribed = False  # to remote control, as far as we know
 
     def _environment(self, install: bool, config: dict[str, Any], extra: dict[str, str]) -> dict[str, str]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MPWORKER_", "CELERY_", "SHOP_"))}
@@ -285,8 +286,33 @@ def running(folder: Path, *args: str, **options: Any) -> Iterator[tuple[Server, 
             yield server, node, client
 
 
+def shop_of(*args: str, **options: Any) -> Any:
+    """A fixture for a module: :func:`running`, with these arguments."""
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def shop(tmp_path_factory: Any) -> Iterator[tuple[Server, Node, Celery]]:
+        with running(tmp_path_factory.mktemp("shop"), *args, **options) as parts:
+            yield parts
+
+    return shop
+
+
+def send(shop: tuple[Server, Node, Celery], name: str, *args: Any, **options: Any) -> Any:
+    """Sends a task of the project: ``add`` of ``shop.tasks``, or ``hooks.hooked``."""
+    return shop[2].send_task(f"shop.{name}" if "." in name else f"shop.tasks.{name}", args=args, **options)
+
+
+def await_subscribed(client: Celery, node: Node) -> None:
+    """A node is "ready" a moment before it has subscribed to what is broadcast, and that waits for nobody."""
+    if not node.subscribed:
+        eventually(lambda: client.control.ping(destination=[node.name], timeout=1.0), what="an answer to ping")
+        node.subscribed = True
+
+
 def ask(client: Celery, node: Node, method: str, *args: Any, **kwargs: Any) -> Any:
     """One remote control command; the answer of this node."""
+    await_subscribed(client, node)
     inspect = client.control.inspect(destination=[node.name], timeout=PATIENCE, limit=1)
     answer = getattr(inspect, method)(*args, **kwargs)
     assert answer, f"no answer to {method}:\n{node.log()[-3000:]}"
@@ -295,6 +321,7 @@ def ask(client: Celery, node: Node, method: str, *args: Any, **kwargs: Any) -> A
 
 def control(client: Celery, node: Node, command: str, **arguments: Any) -> Any:
     """One control command, such as ``pool_grow``; the answer of this node."""
+    await_subscribed(client, node)
     answers = client.control.broadcast(
         command, arguments=arguments, destination=[node.name], reply=True, timeout=PATIENCE, limit=1
     )

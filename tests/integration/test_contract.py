@@ -12,20 +12,25 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from celery.exceptions import TaskRevokedError
-from integration.node import PATIENCE, Node, Server, ask, client_of, control, eventually, running
+from integration.node import (
+    PATIENCE,
+    Node,
+    Server,
+    ask,
+    await_subscribed,
+    client_of,
+    control,
+    eventually,
+    running,
+    send,
+    shop_of,
+)
 
 #: Nothing is fetched before there is room for it.
 ONE = {"worker_prefetch_multiplier": 1}
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("shop"), "-c", "1") as (server, node, client):
-        yield server, node, client
-
-
-def send(shop, name, *args, **options):
-    return shop[2].send_task(f"shop.tasks.{name}", args=args, **options)
+shop = shop_of("-c", "1")
 
 
 def gated(shop, name):
@@ -131,7 +136,7 @@ def test_what_is_more_urgent_comes_first(tmp_path):
             shop = server, node, client
             held = gated(shop, "gate-order")
             first = send(shop, "nap", 0, "fetched before", priority=9)
-            eventually(lambda: ask(client, node, "reserved"))
+            eventually(lambda: first.id in str(ask(client, node, "reserved")))
             later = [
                 send(shop, "nap", 0, f"{priority}-{n}", priority=priority) for priority in (9, 3, 0) for n in (1, 2)
             ]
@@ -165,6 +170,7 @@ def test_nothing_is_fetched_that_could_run_elsewhere(options, tmp_path):
 def test_revocations_outlive_a_node_with_a_state_file(tmp_path):
     state = f"--statedb={tmp_path / 'state'}"
     with running(tmp_path / "one", "-c", "1", state) as (server, node, client):
+        await_subscribed(client, node)
         client.control.revoke("not-today", reply=True, timeout=PATIENCE, limit=1)
         assert node.stop() == 0
         env = {"SHOP_BROKER": server.broker, "SHOP_RESULTS": server.results}

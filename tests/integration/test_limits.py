@@ -6,20 +6,13 @@ import time
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
-from integration.node import PATIENCE, ask, control, eventually, running
+from integration.node import PATIENCE, ask, control, eventually, running, send, shop_of
 
 #: Seconds: a hard limit takes effect within one second; the rest is this machine's slowness.
 SLACK = 1.0
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("shop"), "-c", "2") as (server, node, client):
-        yield server, node, client
-
-
-def send(shop, name, *args, **options):
-    return shop[2].send_task(f"shop.{name}" if "." in name else f"shop.tasks.{name}", args=args, **options)
+shop = shop_of("-c", "2")
 
 
 def started(node, result):

@@ -7,18 +7,10 @@ import signal
 
 import pytest
 from celery.exceptions import WorkerLostError
-from integration.node import PATIENCE, ask, eventually, running
+from integration.node import PATIENCE, ask, eventually, running, send, shop_of
 from support import alive
 
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("shop"), "-c", "2") as (server, node, client):
-        yield server, node, client
-
-
-def send(shop, name, *args, **options):
-    return shop[2].send_task(f"shop.tasks.{name}", args=args, **options)
+shop = shop_of("-c", "2")
 
 
 def lost(result):

@@ -7,17 +7,9 @@ import time
 
 import pytest
 from celery.exceptions import TaskRevokedError
-from integration.node import PATIENCE, ask, eventually, running
+from integration.node import PATIENCE, ask, eventually, running, send, shop_of
 
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("shop"), "-c", "1") as (server, node, client):
-        yield server, node, client
-
-
-def send(shop, name, *args, **options):
-    return shop[2].send_task(f"shop.tasks.{name}", args=args, **options)
+shop = shop_of("-c", "1")
 
 
 def revoked(result):

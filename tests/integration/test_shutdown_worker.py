@@ -147,6 +147,14 @@ def test_sigquit_during_a_warm_shutdown(client, node_of):
     node.await_gone(2.0)
 
 
+def test_sigquit_while_the_node_hears_of_a_start(client, node_of):
+    node = node_of("-c", "1")
+    client.send_task("shop.tasks.interrupts_its_start")
+    node.wait(10.0)
+    assert "Traceback" not in node.log()
+    node.await_gone(2.0)
+
+
 def test_cold_shutdown_with_a_dispatcher_that_does_not_react(client, node_of):
     node = node_of("-c", "1")
     hold(client, node, "never")

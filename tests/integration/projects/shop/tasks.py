@@ -10,6 +10,7 @@ from pathlib import Path
 from celery import Task, shared_task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
+from celery.worker.request import Request
 
 from shop.celery import app
 from shop.notes import note
@@ -262,6 +263,22 @@ def hold(name):
         time.sleep(0.005)
     note("released", name=name)
     return name
+
+
+class AcceptedUnderSigquit(Request):
+    """The signal comes while the node hears that the task has started."""
+
+    def on_accepted(self, pid, time_accepted):
+        os.kill(os.getpid(), signal.SIGQUIT)
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:  # any thread may be given it; its handler runs in this one
+            time.sleep(0.001)
+        super().on_accepted(pid, time_accepted)
+
+
+@app.task(Request="shop.tasks:AcceptedUnderSigquit")
+def interrupts_its_start():
+    time.sleep(60)
 
 
 @app.task
