@@ -245,11 +245,15 @@ class Worker:
 
     def _take_results(self) -> None:
         """What waits in the page leaves with what is sent next."""
-        if (page := self.page).waiting:
-            if not page.has_sheet:
-                self._send_unsent()
+        page = self.page
+        if page.waiting and not page.has_sheet:
+            self._send_unsent()
             while not page.has_sheet:  # the dispatcher is far behind, or will never hear us again
                 self._wait_until_heard()
+        self._take_results_now()
+
+    def _take_results_now(self) -> None:
+        if (page := self.page).waiting and page.has_sheet:
             self._unsent += page.pack(self._peak)
             page.forget()
 
@@ -264,9 +268,7 @@ class Worker:
         if not self._sending.acquire(timeout=patience):
             return False
         try:
-            if self.page.waiting and self.page.has_sheet:
-                self._unsent += self.page.pack(self._peak)
-                self.page.forget()
+            self._take_results_now()
             if data := self._unsent + frame:
                 self._unsent = data[self.data.send(data, socket.MSG_DONTWAIT) :]
             return True
@@ -323,36 +325,41 @@ class Worker:
         runtime = monotonic() - started
         if runtime > _LITTLE:
             self._read_at = -inf
-        if self.lane is _TASKS:
-            # Its result goes through the page, and waits there for others, but not long.
-            try:
-                fcntl(self._fd, F_GETFD)
-            except OSError:  # the job has closed our line: no result of it counts, and those of others are in the page
-                os._exit(EX_UNREADY)
-            for _ in range(2):
-                with self._sending:
-                    if kept := page.add(job, flag, started, runtime, body):
-                        page.end()
-                if kept or not page.waiting:
-                    break
-                booting.flush_streams()
-                self.send()  # makes room
-            if kept:
-                leaves = not self.inbox or kept >= _COMPANY or started - self._sent_at > _PATIENCE
-                if runtime > _PATIENCE / 2 and len(self.inbox) == 1:  # more shall be here when that one is done
-                    leaves = True
-                if leaves or not quiet:
-                    booting.flush_streams()
-                if leaves:
-                    self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-                    self._sent_at = started
-                    self.send()
-                return
-            if current.quiet:
-                self.send(encode(Kind.STARTED, job, a=started))  # too large for a page
+        if self.lane is _TASKS and self._keep(current, flag, runtime, body):
+            return
         page.end()
         booting.flush_streams()
         self._report(job, flag, runtime, body)
+
+    def _keep(self, ran: Current, flag: int, runtime: float, body: bytes) -> bool:
+        """Puts a result into the page, where it waits for others, but not long. ``False``: it is too large for that."""
+        try:
+            fcntl(self._fd, F_GETFD)
+        except OSError:  # the job has closed our line: no result of it counts, and those of others are in the page
+            os._exit(EX_UNREADY)
+        page = self.page
+        while True:
+            with self._sending:
+                if kept := page.add(ran.job, flag, ran.started, runtime, body):
+                    page.end()
+            if kept:
+                break
+            if not page.waiting:
+                if ran.quiet:
+                    self.send(encode(Kind.STARTED, ran.job, a=ran.started))
+                return False
+            booting.flush_streams()
+            self.send()  # makes room
+        leaves = not self.inbox or kept >= _COMPANY or ran.started - self._sent_at > _PATIENCE
+        if runtime > _PATIENCE / 2 and len(self.inbox) == 1:  # more shall be here when that one is done
+            leaves = True
+        if leaves or not ran.quiet:
+            booting.flush_streams()
+        if leaves:
+            self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+            self._sent_at = ran.started
+            self.send()
+        return True
 
     def announce(self) -> None:
         """Tells the dispatcher that the current job runs, if it does not know. In any thread."""
@@ -378,21 +385,12 @@ class Worker:
                 self._unsent += encode(Kind.KEPT, a=kept)
 
     def _report(self, job: int, flag: int, runtime: float, body: bytes) -> None:
-        if runtime > _LITTLE or not self.inbox:  # else the next one will tell: what is tiny cannot fill much memory
-            self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-        peak = self._peak
+        """Sends a result that is not kept: a large one, or that of a callback."""
+        self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         if type(body) is Bulk:
-            self._send_bulk(Frame(Kind.DONE, job, flag, runtime, peak, b"", body))
-            return
-        head = header(Kind.DONE, job, flag, runtime, peak, 0, len(body))
-        if self.inbox and len(body) < _JOIN_BELOW:
-            # It leaves together with the next STARTED, before that job runs.
-            with self._sending:  # the watchdog may be sending too
-                self._unsent += head + body
-        elif len(body) < _JOIN_BELOW:
-            self.send(head + body)
+            self._send_bulk(Frame(Kind.DONE, job, flag, runtime, self._peak, b"", body))
         else:
-            self.send(head, body)
+            self.send(header(Kind.DONE, job, flag, runtime, self._peak, 0, len(body)), body)
 
     def _run(self, frame: Frame) -> tuple[int, bytes]:
         """Runs the job; whatever it raises becomes its outcome."""

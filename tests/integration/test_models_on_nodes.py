@@ -75,10 +75,12 @@ def test_a_module_that_is_not_included_is_refused_and_never_imported(nodes, mp):
 
 
 @pytest.mark.parametrize("name", ["stock.write", "os.system", "stock.Model", "mpworker.model.ModelCall"])
-def test_what_is_no_model_of_an_included_module_is_no_task(nodes, mp, name):
+def test_what_is_no_model_of_an_included_module_is_no_task(nodes, mp, name, tmp_path):
     _, node = nodes
-    mp.push(InfoTask(name, None, "touch /tmp/should-not-be"))
+    mp.push(InfoTask(name, None, f"touch {tmp_path}/should-not-be"))
     node.await_log(f"Received unregistered task of type '{name}'")
+    assert mp.push(InfoTask("stock.OnlyRunnable", None, 1)).get(timeout=PATIENCE) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pickled_message_is_refused(nodes):
