@@ -30,6 +30,7 @@ GROWTH, MORE_DESCRIPTORS = 12 << 20, 6
 PARENT = """
 import json, os, random, signal, sys, time
 from collections import Counter, deque
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 import support
@@ -62,6 +63,13 @@ def figures(pid):
 def zombies(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [child for child in children if " Z " in Path(f"/proc/{child}/stat").read_text()]
+
+def at_rest(pool):
+    stats = pool.stats()
+    tasks = [worker for worker in stats["workers"] if not worker["lane"]]
+    if len(tasks) == 3 and not zombies(os.getpid()):
+        with suppress(FileNotFoundError):  # it was dead, and the parent had not heard of it yet
+            return not zombies(stats["dispatcher"]) and stats["dispatcher"]
 
 def kill(process, told):
     try:
@@ -130,11 +138,7 @@ def main(seed, kills, method, weights="12,3,2,2"):
                     future = unfinished.popleft()
                     future.exception(PATIENCE)
                     number += 1
-                full = lambda: len([worker for worker in pool.stats()["workers"] if not worker["lane"]]) == 3
-                support.wait_until(full, what="the pool is at full size")
-                dispatcher = pool.stats()["dispatcher"]
-                support.wait_until(lambda: not zombies(os.getpid()), what="no zombie of the parent")
-                support.wait_until(lambda: not zombies(dispatcher), what="no zombie of the dispatcher")
+                dispatcher = support.wait_until(lambda: at_rest(pool), what="the pool is at full size, without zombies")
                 samples["parent"].append(figures(os.getpid()))
                 samples["dispatcher"].append(figures(dispatcher))
                 tell(kills=sum(killed.values()), jobs=number, lost=lost, parent=samples["parent"][-1],
