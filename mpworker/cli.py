@@ -63,12 +63,16 @@ def demo(context: click.Context, folder: Path | None, workers: int | None, data_
         raise click.ClickException(str(exc)) from None
 
 
-@cli.command()
-@click.option("--dead", is_flag=True, required=True, help="Messages that killed too many workers; see requeue.")
+@cli.group(invoke_without_command=True)
+@click.option("--dead", is_flag=True, help="Messages that killed too many workers; see requeue.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as in a pipe.")
 @click.pass_context
 def results(context: click.Context, dead: bool, as_json: bool) -> None:
     """List what has become of tasks."""
+    if context.invoked_subcommand is not None:
+        return
+    if not dead:
+        raise WrongOption("results lists dead messages so far: say --dead, or ship")
     letters = _dead_letters(context)
     found: list[dict[str, Any]] = []
     try:
@@ -83,6 +87,32 @@ def results(context: click.Context, dead: bool, as_json: bool) -> None:
             from mpworker.monitor.views import print_rows
 
             print_rows(found, "no dead messages")
+
+
+@results.command()
+@click.option("--path", type=click.Path(path_type=Path), help="A journal folder; default: this machine's.")
+@click.pass_context
+def ship(context: click.Context, path: Path | None) -> None:
+    """Bring to Redis what a node has left in its journal. Running it again does no harm."""
+    from mpworker.celery.app import settings_of
+    from mpworker.celery.requeue import app_of
+
+    try:
+        app = app_of(context.find_root().params["app"])
+        folder = path or settings_of(app).journal_dir
+        from mpworker.celery import shipping
+
+        delivered = shipping.ship(app, folder)
+    except ConfigurationError as exc:
+        raise WrongOption(str(exc)) from None
+    except MPWorkerError as exc:
+        raise click.ClickException(str(exc)) from None
+    if delivered is None:
+        raise click.ClickException(f"{folder} is being shipped by its node")
+    number = (
+        f"{delivered:,} record{'s' if delivered != 1 else ''} delivered from" if delivered else "nothing to deliver in"
+    )
+    click.echo(f"{number} {folder}")
 
 
 @cli.command()

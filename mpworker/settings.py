@@ -17,7 +17,7 @@ from mpworker.errors import ConfigurationError
 PREFIX = "mpworker_"
 ENV_PREFIX = "MPWORKER_"
 START_METHODS = ("auto", "fork", "forkserver", "spawn")
-FSYNC = ("off", "always")
+FSYNC = ("off", "batch", "always")
 _MOST_KIB = 1 << 16
 #: Environment names that are ours without being settings of a node.
 _OTHER_ENV = {"MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKEND", "MPWORKER_SLOT"}
@@ -141,8 +141,9 @@ class Settings:
     data_dir: Path = _setting(_path, factory=default_data_dir)
     #: folder of the JSONL files; ``None``: ``journal`` inside :attr:`data_dir`
     journal: Path | None = _setting(_path)
-    #: ``off``: the kernel writes when it likes (survives any killed process); ``always``: fsync for each record
-    journal_fsync: str = _setting(_one_of(FSYNC), "off")
+    #: ``off``: the kernel writes when it likes (survives any killed process); ``batch``: on disk after at most 100 ms;
+    #: ``always``: fsync for each record
+    journal_fsync: str = _setting(_one_of(FSYNC), "batch")
     #: how worker processes start
     start_method: str = _setting(_one_of(START_METHODS), "auto")
     #: seconds that one ``callback`` or ``error_callback`` may run

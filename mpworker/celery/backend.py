@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from celery import states
+from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 from celery.utils.log import get_logger
@@ -26,7 +27,7 @@ from redis import exceptions as redis_errors
 
 from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
-from mpworker.celery.connection import quick_client
+from mpworker.celery.connection import quick_client as make_quick_client
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
@@ -98,7 +99,9 @@ def enable_journal(settings: Settings, hostname: str) -> Journal:
         ConfigurationError: the journal folder cannot be written.
     """
     global _node_journal
-    journal = Journal(settings.journal_dir, hostname, settings.journal_fsync)
+    # The main process flushes for all of them: a file is on disk as a whole.
+    fsync = "off" if settings.journal_fsync == "batch" else settings.journal_fsync
+    journal = Journal(settings.journal_dir, hostname, fsync)
     journal.prepare()
     disable_journal()
     _node_journal = journal
@@ -161,13 +164,14 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         except ValueError as exc:
             shown, reason = re.sub(r"//.*@", "//**@", url or ""), " ".join(str(exc).split())
             raise ConfigurationError(f"result backend URL {shown}: {reason}") from exc
-        self._outages = (redis_errors.RedisError, OSError, *self.connection_errors)
+        #: what a Redis raises that is away or refuses
+        self.outages = (redis_errors.RedisError, OSError, *self.connection_errors)
         self._named = _named_journal(self.app)
         self._redis_warnings, self._journal_warnings, self._chord_warnings = _Warnings(), _Warnings(), _Warnings()
         self._left_alone_until = 0.0
         self._unshipped = 0
         #: one script decides; False where payloads are no JSON or the server refuses scripts
-        self._scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
+        self.scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
 
     def as_uri(self, include_password: bool = False) -> str:
         """The URL that leads back to this class."""
@@ -218,20 +222,48 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         payload = self.encode(meta | {"task_id": task_id, "told": at})
         try:
             self._put(self._record(meta | {"task_id": task_id}, "", payload, request, ""), at)
-        except self._outages as exc:
+        except self.outages as exc:
             self._redis_warnings.warn("Redis did not take the progress of task %s: %s", task_id, describe(exc))
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, *args: Any, **kwargs: Any) -> None:
-        """Counts a part of a chord in Redis. With a journal, an outage does not fail the task that was the part."""
+        """Counts a part of a chord in Redis. With a journal, an outage neither fails the task that was the part nor
+        leaves the chord without it: the shipper counts it later."""
         try:
             super().on_chord_part_return(request, state, result, *args, **kwargs)
-        except self._outages as exc:
-            if (_node_journal or self._named) is None:
+        except self.outages as exc:
+            if (journal := _node_journal or self._named) is None:
                 raise
             self._chord_warnings.warn(
-                "task %s is in the journal, but could not be counted as a part of chord %s, because of Redis: %s",
+                "task %s will be counted as a part of chord %s later, because of Redis: %s",
                 *(request.id, request.group, describe(exc)),
             )
+            try:
+                journal.append(self._part(request, state, result, journal.node))
+            except StoreError as lost:
+                logger.error("chord %s will never be complete: %s", request.group, lost)
+
+    def _part(self, request: Any, state: str, result: Any, node: str) -> Record:
+        part = {name: getattr(request, name, None) for name in ("id", "group", "group_index", "chord", "errbacks")}
+        return Record(
+            task_id=request.id,
+            name=getattr(request, "task", None),
+            status=state,
+            hostname=getattr(request, "hostname", None) or node,
+            payload=self.encode({"request": part, "state": state, "result": self.encode_result(result, state)}),
+            chord=True,
+        )
+
+    def count_part(self, record: Record) -> None:
+        """Does what :meth:`on_chord_part_return` could not do when the task ended.
+
+        Raises:
+            redis.exceptions.RedisError: nor can it be done now.
+        """
+        part = self.decode(record.payload)
+        state, result = part["state"], part["result"]
+        if state in states.EXCEPTION_STATES:
+            result = self.exception_to_python(result)
+        super().on_chord_part_return(Context(part["request"]), state, result)
 
     def _record(self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
@@ -262,7 +294,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             return
         try:
             digit = self._put(record)
-        except self._outages as exc:
+        except self.outages as exc:
             took = time.monotonic() - begun
             if took > _SLOW:
                 self._left_alone_until = begun + took + min(took * _PAUSE_FACTOR, _PAUSE_MAX)
@@ -278,13 +310,13 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             self._unshipped = 0
 
     @cached_property
-    def _quick_client(self) -> Any:
+    def quick_client(self) -> Any:
         """A client that gives up soon: what it writes is in the journal already."""
-        return quick_client(self, REDIS_TIMEOUT)
+        return make_quick_client(self, REDIS_TIMEOUT)
 
     @cached_property
     def _store_script(self) -> Any:
-        return self._quick_client.register_script(_STORE)
+        return self.quick_client.register_script(_STORE)
 
     def _put(self, record: Record, told: float | None = None) -> bytes:
         """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal.
@@ -292,43 +324,51 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         Args:
             told: for progress, when that was: no other end may be there either, nor anything newer.
         """
-        if self._scripted:
+        if self.scripted:
             args = [record.payload, record.expires or 0, *([] if told is None else [told, _SKEW])]
             try:
                 reply = self._store_script(keys=[record.key], args=args)
             except redis_errors.ResponseError as exc:
-                if not _refuses_scripts(exc):
+                if not refuses_scripts(exc):
                     raise
                 logger.warning("Redis refuses scripts (%s); results are written without, in three steps", exc)
-                self._scripted = False
+                self.scripted = False
             else:
                 if reply >= 0:
                     return SHIPPED if reply else SUPERSEDED
         return self._put_plainly(record, told)
 
     def _put_plainly(self, record: Record, told: float | None) -> bytes:
-        current = self._quick_client.get(record.key)
+        current = self.quick_client.get(record.key)
         if current and self._stays(current, told):
             return SUPERSEDED
-        with self._quick_client.pipeline() as pipe:
+        with self.quick_client.pipeline() as pipe:
             pipe.set(record.key, record.payload, ex=record.expires)
             pipe.publish(record.key, record.payload)
             pipe.execute()
         return SHIPPED
 
-    def _stays(self, payload: Any, told: float | None) -> bool:
+    def decode_known(self, payload: Any) -> dict[str, Any]:
+        """What Redis holds for a task. Nothing if another serializer wrote it: no reader of this application can read
+        it either, so it may be replaced."""
         try:
             meta = self.decode(payload)
-            if told is None:
-                return bool(meta["status"] == states.SUCCESS)
-            return meta["status"] in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < _SKEW
-        except (KombuError, KeyError, TypeError, ValueError) as exc:
-            # Another serializer wrote it, so no reader of this application can read it either: it may be replaced.
+        except (KombuError, TypeError, ValueError) as exc:
             self._redis_warnings.warn("an unreadable result in Redis is replaced: %s", describe(exc))
+            return {}
+        return meta if isinstance(meta, dict) else {}
+
+    def _stays(self, payload: Any, told: float | None) -> bool:
+        meta = self.decode_known(payload)
+        if told is None:
+            return bool(meta.get("status") == states.SUCCESS)
+        try:
+            return meta.get("status") in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < _SKEW
+        except (TypeError, ValueError):
             return False
 
 
-def _refuses_scripts(exc: redis_errors.ResponseError) -> bool:
+def refuses_scripts(exc: redis_errors.ResponseError) -> bool:
     return isinstance(exc, redis_errors.NoPermissionError) or "unknown command" in str(exc).lower()
 
 

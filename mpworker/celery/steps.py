@@ -24,6 +24,7 @@ from kombu.utils.functional import maybe_list
 from mpworker import embedded
 from mpworker.celery.app import BROKER_VARIABLE, RESULT_VARIABLE, journal_url, put, settings_of, uses_embedded
 from mpworker.errors import ConfigurationError
+from mpworker.results.journal import Flusher
 from mpworker.settings import unknown_variables
 
 logger = logging.getLogger("mpworker")
@@ -106,9 +107,12 @@ def prepare_results(app: Celery, hostname: str) -> None:
             f"{origin}: {_masked(app.conf.result_backend)} cannot be used: {_one_line(exc)}"
         ) from exc
     if (app.conf.result_backend or "").startswith("mpworker+"):
+        from mpworker.celery import shipping
         from mpworker.celery.backend import enable_journal
 
-        enable_journal(settings_of(app), hostname)
+        settings = settings_of(app)
+        journal = enable_journal(settings, hostname)
+        shipping.start_with(app, settings.journal_dir, Flusher(journal) if settings.journal_fsync == "batch" else None)
 
 
 def check_broker_url(app: Celery) -> None:

@@ -14,6 +14,7 @@ A file that can only be appended to (``chattr +a``) keeps its zeros; its records
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -24,10 +25,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpworker.errors import ConfigurationError, StoreError
-from mpworker.results.record import SHIPPED, SHIPPED_AT, Record
+from mpworker.results.record import OPENING_LINE, SHIPPED, SHIPPED_AT, Record
+
+logger = logging.getLogger("mpworker.results")
 
 SUFFIX = ".jsonl"
 _DAY = 86400
+#: Seconds by which the disk may be behind where records are flushed in batches.
+BATCH = 0.1
 #: Seconds between two looks whether the file was deleted or moved away.
 _LOOK_AGAIN = 1.0
 #: Bytes of a line that are compared before its digit is overwritten: they hold the task's id and state.
@@ -93,7 +98,8 @@ class Journal:
         folder: of the files; created (0700) with the first record.
         node: name of the node, the first part of the files' names.
         fsync: ``off``: the kernel writes to disk when it likes, which survives the death of every process; ``always``:
-            each record is on disk when :meth:`append` returns.
+            each record is on disk when :meth:`append` returns. ``batch`` is ``always`` here: who has a
+            :class:`Flusher` says ``off``.
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class Journal:
                     raise OSError(f"only {written} of {len(data)} bytes could be written; is the disk full?")
                 file.whole = True
                 end = os.lseek(file.fd, 0, os.SEEK_CUR)
-                if self.fsync == "always":
+                if self.fsync != "off":
                     os.fsync(file.fd)
             except OSError as exc:
                 where = self._only or self.folder
@@ -220,6 +226,84 @@ class Journal:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+class Flusher(threading.Thread):
+    """Has what any process appends to a journal on disk within :data:`BATCH` seconds. One for a node is enough."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(name="mpworker-journal", daemon=True)
+        self._journal = journal
+        self._flushed: tuple[int, int, int] | None = None
+        self._end = threading.Event()
+        self._fd, self._path = -1, Path()
+        self._failed = False
+
+    def run(self) -> None:
+        while not self._end.wait(BATCH):
+            self.flush()
+        self._close()
+
+    def end(self) -> None:
+        """Ends the thread; what was appended before is on disk."""
+        self._end.set()
+        if self.ident is not None:
+            self.join()
+        self.flush()
+        self._close()
+
+    def flush(self) -> bool:
+        """Writes to disk what is not there yet. ``False``: nothing was new, or that was not possible."""
+        try:
+            if self._fd >= 0 and self._path != self._journal.path():
+                self._flush()  # what came in the last moment of its day
+                self._close()
+            if self._fd < 0:
+                path = self._journal.path()
+                self._fd, self._path = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path
+            elif not _leads_to(self._path, self._fd):  # deleted or moved away: the next record makes a new one
+                self._close()
+                return False
+            return self._flush()
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            if not self._failed:
+                logger.error("mpworker_journal: %s cannot be flushed to disk: %s", self._path, exc.strerror or exc)
+            self._failed = True
+            return False
+
+    def _flush(self) -> bool:
+        status = os.fstat(self._fd)
+        now = status.st_ino, status.st_size, status.st_mtime_ns
+        if now == self._flushed:
+            return False
+        os.fdatasync(self._fd)
+        self._flushed, self._failed = now, False
+        return True
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _leads_to(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def mark_at_offset(fd: int, offset: int, digit: bytes) -> bool:
+    """Overwrites the digit of the line that begins there, if one does. ``False``: that was not possible."""
+    head = OPENING_LINE
+    try:
+        if os.pread(fd, len(head), offset) != head:
+            return False
+        return os.pwrite(fd, digit, offset + SHIPPED_AT) == 1
+    except OSError:
+        return False
 
 
 def mark_at(fd: int, place: Place, digit: bytes) -> bool:

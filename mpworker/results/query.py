@@ -236,7 +236,7 @@ class ResultStore:
             return
         self._first = stamp if self._first is None else min(self._first, stamp)
         self._last = stamp if self._last is None else max(self._last, stamp)
-        if record.superseded:
+        if record.superseded or record.chord:
             return
         status, old = intern(canonical(record.status)), self._tasks.get(record.task_id)
         name = intern(record.name) if record.name else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import socket
 import time
@@ -26,6 +27,8 @@ VERSION = 1
 #: What every line of every version opens with; only a line's opening contains it.
 OPENING = b'{"v": '
 _HEAD = f'{{"v": {VERSION}, "shipped": '
+#: The opening of a line of this version, up to the digit of ``shipped``.
+OPENING_LINE = _HEAD.encode()
 #: Where in a line the digit of ``shipped`` stands, in bytes from its start.
 SHIPPED_AT = len(_HEAD)
 #: The digit: Redis has not got it; Redis has it; Redis held a SUCCESS already, which nothing may overwrite.
@@ -122,6 +125,8 @@ class Record:
     superseded: bool = False
     #: its message has killed too many workers and is kept as dead; lines of others do not mention it
     dead: bool = False
+    #: no change of state: the task has yet to be counted as a part of a chord, as :attr:`payload` says
+    chord: bool = False
 
     def to_line(self) -> bytes:
         """The line with its newline. Never fails on a result: what JSON cannot hold becomes a repr."""
@@ -141,8 +146,9 @@ class Record:
         else:
             after["payload"] = self.payload
         after["expires"] = self.expires
-        if self.dead:
-            after["dead"] = True
+        for name in ("dead", "chord"):
+            if getattr(self, name):
+                after[name] = True
         if self.log is not None:
             after["log"] = self.log
         body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
@@ -168,8 +174,21 @@ class Record:
         runtime = values.get("runtime")
         if runtime is not None and not isinstance(runtime, int | float):
             raise ValueError("runtime must be a number of seconds")
-        values["dead"] = values.get("dead") is True
+        for name in ("dead", "chord"):
+            values[name] = values.get(name) is True
         return cls(**values, shipped=bool(mark), superseded=mark == 2)
+
+    @property
+    def when(self) -> float:
+        """:attr:`timestamp` in seconds since the epoch; 0.0 where it is none."""
+        try:
+            return datetime.fromisoformat(self.timestamp).timestamp()
+        except ValueError:
+            return 0.0
+
+    def expires_in(self) -> float:
+        """Seconds for which Redis shall keep it from now on, infinite where it shall for ever."""
+        return math.inf if self.expires is None else self.when + self.expires - time.time()
 
     @property
     def response_data(self) -> Any:

@@ -235,7 +235,7 @@ def test_a_server_that_refuses(server: Server, folder: Path, caplog: pytest.LogC
     backend.store_result("a", 1, "SUCCESS")
     client.execute_command(*refuse)
     if kind == "password":
-        backend._quick_client.connection_pool.disconnect()
+        backend.quick_client.connection_pool.disconnect()
     assert backend.store_result("b", 2, "SUCCESS") == 2
     found = lines(folder)
     assert (found["a"].shipped, found["b"].shipped) == (True, False)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from datetime import datetime
 
 import pytest
 from celery import chord
-from integration.node import PATIENCE, ask, eventually, running
+from celery.exceptions import ChordError
+from integration.node import PATIENCE, Node, Server, ask, client_of, eventually, running
 
 from mpworker import ResultStore
 
@@ -137,11 +141,9 @@ def test_the_store_counts_what_the_journal_holds(shop):
 
 def test_redis_killed_in_the_middle(tmp_path):
     """The results' server dies while tasks run; their broker lives."""
-    from integration.node import Server
-
     with Server() as results:
         env = {"SHOP_RESULTS": results.results}
-        with running(tmp_path, "-c", "2", env=env) as (_, node, client):
+        with running(tmp_path, "-c", "2", env=env) as (server, node, client):
             parts = [client.signature("shop.tasks.hold", args=(f"gate-{n}",)) for n in range(2)]
             held = chord(parts, app=client)(client.signature("shop.tasks.total")).parent.results
             for n in range(2):
@@ -153,21 +155,87 @@ def test_redis_killed_in_the_middle(tmp_path):
             ids = {result.id for result in held + waiting}
             eventually(lambda: ids <= {line["task_id"] for line in journal(node)})
             node.await_log("marked as not shipped")
-            node.await_log("could not be counted as a part of chord")
+            node.await_log("will be counted as a part of chord")
             lines = [line for line in journal(node) if line["task_id"] in ids]
             assert {line["status"] for line in lines} == {"SUCCESS"}
             assert {line["shipped"] for line in lines} == {0}
             eventually(lambda: len(node.notes.read("success")) == 12)
             assert ask(client, node, "stats")["total"]["shop.tasks.add"] == 10
-            results.start()
-            eventually(lambda: shipped_again(client, node), what="later results are shipped")
+            results.start()  # and it is empty
+            with client_of(server, result_backend=results.results) as watcher:
+                found = [watcher.AsyncResult(result.id) for result in waiting]
+                assert [result.get(timeout=PATIENCE) for result in found] == [2 * n for n in range(10)]
+                eventually(lambda: {line["shipped"] for line in journal(node)} == {1}, what="all is shipped")
+                assert {watcher.AsyncResult(result.id).status for result in held} == {"SUCCESS"}
             assert ResultStore(node.journal).get_statistics()["failed"] == 0
 
 
-def shipped_again(client, node):
-    result = client.send_task("shop.tasks.add", args=(1, 1))
-    eventually(lambda: lines_of(node, result))
-    return lines_of(node, result)[-1]["shipped"] == 1
+@pytest.mark.parametrize("last", ["hold", "fail"])
+def test_a_chord_whose_parts_end_while_redis_takes_nothing(tmp_path, last):
+    with Server() as results, Server() as broker:
+        env = {"SHOP_BROKER": broker.broker, "SHOP_RESULTS": results.results}
+        with (
+            client_of(broker, result_backend=results.results) as client,
+            Node(tmp_path, "-c", "2", env=env) as node,
+        ):
+            parts = [
+                client.signature("shop.tasks.hold", args=("gate",)),
+                client.signature("shop.tasks.nap", args=(0, "x")),
+            ]
+            if last == "fail":
+                parts[1] = client.signature("shop.tasks.fail", args=("no",))
+            body = chord(parts, app=client)(client.signature("shop.tasks.give_back"))
+            node.notes.wait("hold", name="gate")
+            eventually(lambda: len(lines_of(node, body.parent.results[1])) == 1)
+            results.client().config_set("maxmemory", 1)
+            (node.folder / "gate").touch()
+            node.await_log("will be counted as a part of chord")
+            assert body.status == "PENDING"
+            results.client().config_set("maxmemory", 0)
+            if last == "fail":
+                eventually(lambda: client.AsyncResult(body.id).status == "FAILURE")
+                assert isinstance(client.AsyncResult(body.id).result, ChordError)
+            else:
+                assert body.get(timeout=PATIENCE) == ["gate", "x"]
+            eventually(lambda: {line["shipped"] for line in journal(node)} == {1}, what="all is shipped")
+            counts = ResultStore(node.journal).get_statistics()
+            assert counts["total_tasks"] == 3 if last == "hold" else 2 <= counts["total_tasks"] <= 3
+
+
+def test_what_a_node_leaves_is_brought_by_the_next_one_or_by_hand(tmp_path):
+    with Server() as results, Server() as broker:
+        env = {"SHOP_BROKER": broker.broker, "SHOP_RESULTS": results.results}
+        with client_of(broker, result_backend=results.results) as client:
+            left = []
+            for way in ("killed", "stopped"):
+                with Node(tmp_path / way, "-c", "1", env=env) as node:
+                    held = client.send_task("shop.tasks.hold", args=("gate",))
+                    node.notes.wait("hold", name="gate")
+                    results.kill()
+                    (node.folder / "gate").touch()
+                    eventually(lambda node=node, held=held: lines_of(node, held))
+                    node.await_log("marked as not shipped")
+                    if way == "killed":
+                        node.signal(signal.SIGKILL)
+                        node.wait()
+                    else:
+                        assert node.stop() == 0
+                results.start()
+                assert held.status == "PENDING"
+                left.append((node, held))
+            (killed, first), (_, second) = left
+            command = [sys.executable, "-m", "mpworker", "-A", "shop", "results", "ship", "--path"]
+            done = subprocess.run(
+                [*command, str(killed.journal)], env=killed.env, cwd=killed.cwd, text=True, capture_output=True
+            )
+            assert (done.returncode, done.stdout) == (0, f"1 record delivered from {killed.journal}\n")
+            assert first.get(timeout=PATIENCE) == "gate"
+            again = subprocess.run(
+                [*command, str(killed.journal)], env=killed.env, cwd=killed.cwd, text=True, capture_output=True
+            )
+            assert (again.returncode, again.stdout) == (0, f"nothing to deliver in {killed.journal}\n")
+            with Node(tmp_path / "stopped", "-c", "1", env=env):
+                assert second.get(timeout=PATIENCE) == "gate"
 
 
 def test_lines_of_many_processes_stay_whole(shop):

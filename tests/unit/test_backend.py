@@ -281,7 +281,7 @@ def test_other_serializers_and_compression_keep_their_rules(
     folder: Path, journal: Journal, conf: dict[str, Any]
 ) -> None:
     backend = backend_of(accept_content=["json", "pickle"], **conf)
-    assert not backend._scripted
+    assert not backend.scripted
     backend.store_result("a", {"n": 1}, "SUCCESS")
     backend.store_result("a", None, "STARTED")
     backend.store_result("b", ValueError("x"), "FAILURE")
@@ -386,7 +386,7 @@ def test_urls_as_celery_finds_them(url: str, expected: dict[str, Any]) -> None:
     again = Celery("t", backend=backend.as_uri(include_password=True), set_as_current=False)
     again.loader.override_backends = app.loader.override_backends
     assert again.backend.connparams.get("db") == backend.connparams["db"]
-    assert backend._quick_client.connection_pool.connection_kwargs["socket_timeout"] == module.REDIS_TIMEOUT
+    assert backend.quick_client.connection_pool.connection_kwargs["socket_timeout"] == module.REDIS_TIMEOUT
 
 
 def test_the_printed_url_hides_the_password() -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results import journal as module
-from mpworker.results.journal import Journal, Place
+from mpworker.results.journal import Flusher, Journal, Place
 from mpworker.results.reader import Tally, read_at, read_entries
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
 
@@ -224,3 +225,71 @@ def test_a_record_seen_half_written_is_read_whole_the_next_time(tmp_path: Path) 
     assert [entry.record.task_id for entry in read_entries([GrowingPath(path)], tally)] == ["t0"]
     assert (tally.end, tally.torn, tally.unfinished) == (len(lines[0]), 0, 1)
     assert [entry.record.task_id for entry in read_entries([path], tally, tally.end)] == ["t1", "t2"]
+
+
+def test_in_batches_the_disk_is_at_most_a_moment_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(module.os, "fdatasync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    journal = Journal(tmp_path, "n")
+    flusher = Flusher(journal)
+    assert not flusher.flush()  # there is no file yet
+    journal.append(record("a"))
+    assert flusher.flush()
+    assert not flusher.flush()  # nothing is new
+    Journal(tmp_path, "n").append(record("b"))  # of any process
+    assert flusher.flush()
+    place = journal.append(record("c"))
+    assert flusher.flush()
+    assert journal.mark(place)  # that it has been shipped need not be on disk, but does no harm
+    flusher.flush()
+    journal.path().unlink()
+    assert not flusher.flush()
+    journal.close()
+    journal.append(record("d"))
+    assert flusher.flush()
+    assert set(synced) == {journal.path().name}
+    flusher.end()
+
+
+def test_the_last_records_of_a_day_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [86400.0 * 20000]
+    synced: list[str] = []
+    monkeypatch.setattr(module.os, "fdatasync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    journal = Journal(tmp_path, "n", clock=lambda: now[0])
+    flusher = Flusher(journal)
+    journal.append(record("a"))
+    flusher.flush()
+    journal.append(record("late"))
+    now[0] += 86400
+    journal.append(record("b"))
+    flusher.flush()
+    assert synced == ["n-2024-10-04.jsonl", "n-2024-10-04.jsonl", "n-2024-10-05.jsonl"]
+    flusher.end()
+
+
+def test_the_flusher_works_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = threading.Event()
+    monkeypatch.setattr(module.os, "fdatasync", lambda fd: synced.set())
+    journal = Journal(tmp_path, "n")
+    flusher = Flusher(journal)
+    flusher.start()
+    journal.append(record("a"))
+    assert synced.wait(30)
+    flusher.end()
+    assert not flusher.is_alive()
+
+
+def test_a_disk_that_fails_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module.os, "fdatasync", fails)
+    journal = Journal(tmp_path, "n")
+    flusher = Flusher(journal)
+    for name in "ab":
+        journal.append(record(name))
+        assert not flusher.flush()
+    assert caplog.text.count("cannot be flushed to disk: Input/output error") == 1
+    flusher.end()

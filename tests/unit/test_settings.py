@@ -19,7 +19,7 @@ def load(environ: dict[str, str] | None = None, **conf: object) -> Settings:
 
 def test_defaults() -> None:
     settings = load()
-    assert (settings.start_method, settings.journal_fsync, settings.include) == ("auto", "off", ())
+    assert (settings.start_method, settings.journal_fsync, settings.include) == ("auto", "batch", ())
     assert settings.journal_dir == settings.data_dir / "journal"
     assert (settings.max_deaths, settings.stall_timeout) == (3, 60.0)
     with pytest.raises(dataclasses.FrozenInstanceError):

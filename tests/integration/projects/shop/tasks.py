@@ -50,6 +50,11 @@ def add(x, y):
     return x + y
 
 
+@app.task
+def give_back(values):
+    return values
+
+
 @app.task(acks_late=True)
 def late_add(x, y):
     return x + y

@@ -1,0 +1,232 @@
+"""What Redis did not take is brought to it, however long that takes: a node's shipper, and that of a dead one's folder.
+
+Owns when a node's shipper looks, how long it waits while Redis refuses, and the rule by which a late record is still
+news (one script in Redis keeps it). Finds no records itself; see :mod:`mpworker.results.shipper`.
+
+A thread of the main process and no process of its own: it has nothing to do while Redis answers, since each child
+writes what it has journaled itself, and it needs the application's own connection to Redis, with all of its options.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, signals, states
+from redis import exceptions as redis_errors
+
+from mpworker.celery.backend import ResultBackend, refuses_scripts
+from mpworker.errors import ConfigurationError, StoreError
+from mpworker.results.journal import Flusher
+from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
+from mpworker.results.shipper import Shipper
+
+logger = logging.getLogger("mpworker.results")
+
+#: Seconds between two looks, and for which a new record is left to its writer.
+_PAUSE = _GRACE = 1.0
+#: Seconds between two attempts while Redis refuses: at most, and the factor by which they grow.
+_PAUSE_MAX, _GROWTH = 15.0, 2.0
+#: Seconds that the end of a node may be held up by what is still to be brought.
+_LAST_TRY = 2.0
+
+#: KEYS: the task's key. ARGV: payload, milliseconds to live (0: for ever), the record's time, its state.
+#: Returns 1: stored; 0: a SUCCESS was there; 2: something newer was there; -1: what is there is no JSON, nothing done.
+_DELIVER = """
+local old = redis.call('GET', KEYS[1])
+if old and old ~= ARGV[1] then
+    local readable, meta = pcall(cjson.decode, old)
+    if not readable or type(meta) ~= 'table' then
+        return -1
+    end
+    local status, done = meta['status'], meta['date_done']
+    if status == 'SUCCESS' then
+        return 0
+    end
+    if ARGV[4] ~= 'SUCCESS' then
+        if status == 'FAILURE' or status == 'REVOKED' then
+            local comparable = type(done) == 'string' and string.sub(done, -6) == string.sub(ARGV[3], -6)
+            if not comparable or done >= ARGV[3] then
+                return 2
+            end
+        elseif ARGV[4] == 'STARTED' and (status == 'STARTED' or status == 'RETRY' or status == 'PROGRESS') then
+            return 2
+        end
+    end
+end
+if tonumber(ARGV[2]) > 0 then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+else
+    redis.call('SET', KEYS[1], ARGV[1])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+return 1
+"""
+_DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
+
+
+class Delivery:
+    """Brings records to the Redis of a result backend, many with one exchange."""
+
+    def __init__(self, backend: ResultBackend) -> None:
+        self._backend = backend
+        self._client = backend.quick_client
+        self._script = self._client.register_script(_DELIVER)
+        self._scripted = backend.scripted
+
+    def __call__(self, records: Sequence[Record]) -> list[bytes]:
+        """See :data:`mpworker.results.shipper.Deliver`.
+
+        Raises:
+            redis.exceptions.RedisError: Redis is away or refuses; some of them may have been stored.
+        """
+        results = [record for record in records if not record.chord]
+        digits = iter(self._results(results))
+        return [self._part(record) if record.chord else next(digits) for record in records]
+
+    def _results(self, records: Sequence[Record]) -> list[bytes]:
+        if not records or not self._scripted:
+            return [self._plainly(record) for record in records]
+        with self._client.pipeline(transaction=False) as pipe:
+            for record in records:
+                args = [record.payload, _to_live(record), record.timestamp, record.status]
+                self._script(keys=[record.key], args=args, client=pipe)
+            replies = pipe.execute(raise_on_error=False)
+        return [self._digit(record, reply) for record, reply in zip(records, replies, strict=True)]
+
+    def _part(self, record: Record) -> bytes:
+        try:
+            self._backend.count_part(record)
+        except self._backend.outages:
+            raise
+        except Exception:  # the body's own fault: trying again would not help, and everything behind it would wait
+            logger.exception("task %s cannot be counted as a part of its chord", record.task_id)
+        return SHIPPED
+
+    def _digit(self, record: Record, reply: Any) -> bytes:
+        if not isinstance(reply, Exception):
+            return _DIGITS.get(reply) or self._plainly(record)
+        if isinstance(reply, redis_errors.ResponseError):
+            if str(reply).startswith("WRONGTYPE"):  # it would be in the way of all others for ever
+                logger.error("the result of task %s stays in the journal only: %s", record.task_id, describe(reply))
+                return SUPERSEDED
+            if refuses_scripts(reply):
+                self._scripted = False
+                return self._plainly(record)
+        raise reply
+
+    def _plainly(self, record: Record) -> bytes:
+        """In three steps, for payloads that are no JSON and servers that refuse scripts."""
+        old = self._client.get(record.key)
+        if old and old not in (record.payload, str(record.payload).encode()):
+            meta = self._backend.decode_known(old)
+            status, done = meta.get("status"), str(meta.get("date_done"))
+            if status == states.SUCCESS:
+                return SUPERSEDED
+            ended = status in TERMINAL and not (done[-6:] == record.timestamp[-6:] and done < record.timestamp)
+            if record.status != states.SUCCESS and (ended or (record.status == states.STARTED and status)):
+                return SHIPPED
+        with self._client.pipeline() as pipe:
+            pipe.set(record.key, record.payload, px=_to_live(record) or None)
+            pipe.publish(record.key, record.payload)
+            pipe.execute()
+        return SHIPPED
+
+
+def _to_live(record: Record) -> int:
+    """Milliseconds; 0 for ever."""
+    left = record.expires_in()
+    return 0 if math.isinf(left) else max(1, int(left * 1000))
+
+
+def ship(app: Celery, folder: Path) -> int | None:
+    """Delivers what a node has left in its journal folder; returns how many records, ``None`` if another does it now.
+
+    Raises:
+        ConfigurationError: there is no such folder, or no Redis result backend.
+        StoreError: the folder cannot be locked or read, or Redis does not take what is in it.
+    """
+    if not folder.is_dir():
+        raise ConfigurationError(f"there is no journal folder {folder}")
+    shipper = Shipper(folder, Delivery(_backend_of(app)))
+    with shipper.lock() as alone:
+        if not alone:
+            return None
+        try:
+            return shipper.run().delivered
+        except (redis_errors.RedisError, OSError) as exc:
+            raise StoreError(f"not all of {folder} could be delivered: {describe(exc)}") from exc
+
+
+def _backend_of(app: Celery) -> ResultBackend:
+    backend = app.backend
+    if not isinstance(backend, ResultBackend):
+        raise ConfigurationError("the result backend is none that keeps a journal: use mpworker+redis://host:6379/0")
+    return backend
+
+
+def start_with(app: Celery, folder: Path, flusher: Flusher | None = None) -> None:
+    """Has the node of this process ship and flush its journal from when it is ready until it ends."""
+    shipping = Shipping(app, folder)
+
+    def begin(sender: Any, **_: Any) -> None:
+        if sender.app is app and shipping.ident is None:
+            shipping.start()
+            if flusher is not None:
+                flusher.start()
+
+    def end(sender: Any, **_: Any) -> None:
+        if sender.app is app:
+            signals.worker_ready.disconnect(begin)
+            signals.worker_shutdown.disconnect(end)
+            shipping.end()
+            if flusher is not None:
+                flusher.end()
+
+    signals.worker_ready.connect(begin, weak=False)
+    signals.worker_shutdown.connect(end, weak=False)
+
+
+class Shipping(threading.Thread):
+    """Looks again and again for what its node has not brought to Redis."""
+
+    def __init__(self, app: Celery, folder: Path) -> None:
+        super().__init__(name="mpworker-shipper", daemon=True)
+        self._app, self._folder = app, folder
+        self._end = threading.Event()
+        self._wait, self._refused = _PAUSE, False
+
+    def run(self) -> None:
+        while not self._end.wait(self._wait):
+            self._look(_GRACE)
+        self._look(0.0)  # nobody writes any more
+
+    def end(self) -> None:
+        """Tries once more, then lets the node go."""
+        self._end.set()
+        if self.ident is not None:
+            self.join(_LAST_TRY)
+
+    def _look(self, grace: float) -> None:
+        try:
+            shipper = Shipper(self._folder, Delivery(_backend_of(self._app)), grace)
+            with shipper.lock() as alone:
+                found = shipper.run() if alone else None
+        except (redis_errors.RedisError, OSError, StoreError) as exc:
+            if not self._refused:
+                logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
+            self._refused = True
+            self._wait = min(self._wait * _GROWTH, _PAUSE_MAX) * random.uniform(0.7, 1.0)
+            return
+        except Exception:
+            logger.exception("the shipper failed; it tries again")
+            self._wait = _PAUSE_MAX
+            return
+        if found is not None and found.delivered:
+            logger.info("Redis has been brought %d results that it had not taken", found.delivered)
+        self._wait, self._refused = _PAUSE, False

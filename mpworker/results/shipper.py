@@ -1,0 +1,196 @@
+"""The shipper: delivers what a journal holds and Redis does not, in order, as often as it takes.
+
+Owns the search for unshipped records, the checkpoint of how far all is settled, and the lock by which two never ship
+the same folder. Knows no Redis and no Celery: a function that it is given delivers. Never drops a record: what cannot
+be delivered stays where it is, marked as it was.
+
+Of each task only the last record of a batch is delivered: what came before it, Redis would hold for an instant. A batch
+is bounded, so memory is, however long an outage lasts. Delivered twice does no harm, so a crash at any point is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mpworker.errors import StoreError
+from mpworker.results.journal import Journal, mark_at_offset
+from mpworker.results.reader import Entry, Tally, read_entries
+from mpworker.results.record import SHIPPED, SHIPPED_AT, Record
+
+#: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
+Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
+
+#: Records of one batch, and the bytes of their lines at which it is full all the same.
+_MOST, _BULK = 500, 4 << 20
+#: Bytes of a file's first line that tell it from another; they hold a task's id and state.
+_HEAD = 160
+_CHECKPOINT, _LOCK = ".shipped.json", ".shipper.lock"
+
+
+class Pass(NamedTuple):
+    """What one look at a folder has found.
+
+    Attributes:
+        delivered: records that were not shipped and now are, or are needed no more.
+        young: records that are perhaps being shipped by their writer.
+    """
+
+    delivered: int
+    young: int
+
+
+class Shipper:
+    """Delivers the unshipped records of a journal folder.
+
+    Args:
+        folder: of a node, of several, or of one that is dead.
+        deliver: see :data:`Deliver`.
+        grace: seconds for which a new record is left to its writer, who ships it as well.
+    """
+
+    def __init__(self, folder: Path, deliver: Deliver, grace: float = 0.0) -> None:
+        self.folder, self._deliver, self._grace = Path(folder), deliver, grace
+        self._settled: dict[str, tuple[str, int]] = {}
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[bool]:
+        """``True`` inside if nobody else ships this folder.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        try:
+            fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise StoreError(f"mpworker_journal: cannot lock {self.folder}: {exc.strerror or exc}") from exc
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(fd)
+
+    def run(self) -> Pass:
+        """Delivers what is unshipped now, oldest first. The caller holds the lock.
+
+        Raises:
+            OSError: a journal file cannot be read.
+            Exception: whatever ``deliver`` raises; what it had not delivered is found again by the next run.
+        """
+        delivered = young = 0
+        self._settled = self._read_checkpoint()  # another shipper may have gone on meanwhile
+        before = dict(self._settled)
+        try:
+            for path in Journal.files(self.folder):
+                try:
+                    done, left = self._run_file(path)
+                except FileNotFoundError:
+                    continue  # rotated away meanwhile
+                delivered, young = delivered + done, young + left
+        finally:
+            if self._settled != before:
+                self._write_checkpoint()
+        return Pass(delivered, young)
+
+    def _run_file(self, path: Path) -> tuple[int, int]:
+        with _in_place(path) as fd:
+            identity, end = _identity(fd), os.fstat(fd).st_size
+            known, start = self._settled.get(path.name, (identity, 0))
+            if known != identity or start > end:  # another file, or cut off: from the beginning
+                start = 0
+            if start == end:
+                return 0, 0
+            delivered = young = 0
+            tally = Tally(end=start)
+            batch: list[Entry] = []
+            bulk = 0
+            for entry in read_entries([path], tally, start, unshipped=True):
+                if entry.record.shipped:
+                    continue
+                if self._is_young(entry.record):
+                    young += 1
+                    if young == 1:
+                        self._settle(path, identity, batch[0].offset if batch else entry.offset)
+                    continue
+                batch.append(entry)
+                bulk += len(entry.record.payload or b"")
+                if len(batch) >= _MOST or bulk >= _BULK:
+                    delivered += self._ship(fd, batch)
+                    batch, bulk = [], 0
+                    if not young:
+                        self._settle(path, identity, tally.end)
+            delivered += self._ship(fd, batch)
+            if not young:
+                self._settle(path, identity, tally.end)
+            return delivered, young
+
+    def _is_young(self, record: Record) -> bool:
+        return self._grace > 0 and 0 <= time.time() - record.when < self._grace
+
+    def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
+        last = {(entry.record.task_id, entry.record.chord): entry for entry in batch}
+        due = [entry for entry in batch if last[entry.record.task_id, entry.record.chord] is entry]
+        due = [entry for entry in due if not _needless(entry.record)]
+        digits = dict(zip((entry.offset for entry in due), self._deliver([e.record for e in due]), strict=True))
+        for entry in batch:
+            mark_at_offset(fd, entry.offset, digits.get(entry.offset, SHIPPED))
+        return len(batch)
+
+    # -- how far all is settled ----------------------------------------------------------------------------------
+
+    def _settle(self, path: Path, identity: str, end: int) -> None:
+        self._settled[path.name] = identity, end
+
+    def _read_checkpoint(self) -> dict[str, tuple[str, int]]:
+        try:
+            found = json.loads((self.folder / _CHECKPOINT).read_bytes())
+            return {str(name): (str(known), int(end)) for name, (known, end) in found["files"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}  # none yet, or broken: everything is looked at again
+
+    def _write_checkpoint(self) -> None:
+        names = {path.name for path in Journal.files(self.folder)}
+        files = {name: place for name, place in self._settled.items() if name in names}
+        path = self.folder / _CHECKPOINT
+        fresh = path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):  # a full disk, a folder to read only: the next run looks at more than needed
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w") as file:
+                json.dump({"files": files}, file)
+            fresh.replace(path)
+
+
+def _identity(fd: int) -> str:
+    """Which file that is, also where a new one has been given the inode of one that was deleted."""
+    head = os.pread(fd, _HEAD, 0)
+    return f"{os.fstat(fd).st_ino}-{zlib.crc32(head[SHIPPED_AT + 1 :]) if len(head) == _HEAD else 0}"
+
+
+def _needless(record: Record) -> bool:
+    """It is not meant for Redis, or would have expired there by now."""
+    if record.payload is None or (record.key is None and not record.chord):
+        return True
+    return record.expires is not None and record.expires_in() <= 0
+
+
+@contextlib.contextmanager
+def _in_place(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # what cannot be marked can still be delivered, if every time again
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,197 @@
+"""What is brought to a real Redis late: what it may replace there, how long it lives, who hears of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, signals
+from integration.node import Server, eventually
+
+from mpworker.celery import shipping
+from mpworker.celery.backend import ResultBackend
+from mpworker.celery.shipping import Delivery
+from mpworker.errors import ConfigurationError, StoreError
+from mpworker.results.journal import Journal
+from mpworker.results.record import SHIPPED, SUPERSEDED, Record
+
+CLASS = "mpworker.celery.backend:ResultBackend"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def app(server: Server) -> Iterator[Celery]:
+    app = Celery("t", broker=server.broker, backend=f"mpworker+{server.results}", set_as_current=False)
+    app.loader.override_backends = {"mpworker": CLASS}
+    server.client().flushdb()
+    yield app
+    app.backend.result_consumer.cancel_for = lambda task_id: None
+    app.close()
+
+
+@pytest.fixture(params=[True, False], ids=["script", "no script"])
+def deliver(app: Celery, request: pytest.FixtureRequest) -> Delivery:
+    assert isinstance(app.backend, ResultBackend)
+    app.backend.scripted = request.param
+    return Delivery(app.backend)
+
+
+def at(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="microseconds")
+
+
+def record(status: str, when: float = 0.0, text: str = "", **fields: Any) -> Record:
+    done = at(when) if status in ("SUCCESS", "FAILURE", "REVOKED") else None
+    payload = json.dumps({"status": status, "result": text, "date_done": done, "task_id": "t"})
+    values = {"timestamp": at(when), "key": "celery-task-meta-t", "payload": payload, "expires": 60, **fields}
+    return Record(task_id="t", status=status, **values)
+
+
+def held(server: Server) -> str | None:
+    found = server.client().get("celery-task-meta-t")
+    return None if found is None else json.loads(found)["status"]
+
+
+@pytest.mark.parametrize(
+    ("there", "late", "then", "digit"),
+    [
+        (None, ("STARTED", 0), "STARTED", SHIPPED),
+        (None, ("SUCCESS", -30), "SUCCESS", SHIPPED),
+        (("STARTED", 0), ("SUCCESS", -5), "SUCCESS", SHIPPED),
+        (("STARTED", 0), ("RETRY", -5), "RETRY", SHIPPED),
+        (("RETRY", 0), ("STARTED", -5), "RETRY", SHIPPED),
+        (("SUCCESS", -9), ("FAILURE", 0), "SUCCESS", SUPERSEDED),
+        (("SUCCESS", -9), ("STARTED", 0), "SUCCESS", SUPERSEDED),
+        (("FAILURE", 0), ("STARTED", -5), "FAILURE", SHIPPED),
+        (("FAILURE", 0), ("RETRY", -5), "FAILURE", SHIPPED),
+        (("FAILURE", 0), ("REVOKED", -5), "FAILURE", SHIPPED),
+        (("FAILURE", -9), ("REVOKED", 0), "REVOKED", SHIPPED),
+        (("FAILURE", -9), ("RETRY", 0), "RETRY", SHIPPED),
+        (("FAILURE", 0), ("SUCCESS", -9), "SUCCESS", SHIPPED),
+    ],
+)
+def test_what_is_late_replaces_only_what_is_older(
+    server: Server, deliver: Delivery, there: Any, late: Any, then: str, digit: bytes
+) -> None:
+    if there is not None:
+        server.client().set("celery-task-meta-t", record(*there).payload)
+    assert deliver([record(*late)]) == [digit]
+    assert held(server) == then
+
+
+def test_it_lives_for_what_is_left_of_its_time(server: Server, deliver: Delivery) -> None:
+    deliver([record("SUCCESS", -40.0)])
+    assert 10_000 < server.client().pttl("celery-task-meta-t") <= 20_000
+    deliver([record("SUCCESS", text="for ever", expires=None, key="other")])
+    assert server.client().ttl("other") == -1
+
+
+def test_who_waits_hears_of_it(app: Celery, deliver: Delivery) -> None:
+    result = app.AsyncResult("t")
+    app.backend.add_pending_result(result)
+    deliver([record("SUCCESS", text="at last")])
+    assert result.get(timeout=30) == "at last"
+
+
+def test_delivered_twice_is_delivered_once(server: Server, deliver: Delivery) -> None:
+    same = record("FAILURE", -1.0)
+    assert deliver([same]) == deliver([same]) == [SHIPPED]
+    assert held(server) == "FAILURE"
+
+
+def test_a_key_of_another_kind_is_in_nobodys_way(server: Server, app: Celery) -> None:
+    server.client().rpush("celery-task-meta-t", "a list")
+    assert Delivery(app.backend)([record("SUCCESS"), record("SUCCESS", key="other")]) == [SUPERSEDED, SHIPPED]
+    assert server.client().exists("other")
+
+
+@pytest.mark.parametrize("garbage", ["\x80pickled", "[1]", "null"])
+def test_what_nobody_can_read_is_replaced(server: Server, deliver: Delivery, garbage: str) -> None:
+    server.client().set("celery-task-meta-t", garbage)
+    assert deliver([record("SUCCESS")]) == [SHIPPED]
+    assert held(server) == "SUCCESS"
+
+
+# -- a node's shipper --------------------------------------------------------------------------------------------------
+
+
+class Sender:
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+
+
+@pytest.fixture
+def folder(app: Celery, tmp_path: Path) -> Iterator[Path]:
+    """The journal of a node whose shipper runs, as far as Celery's signals tell it."""
+    folder = tmp_path / "journal"
+    folder.mkdir(mode=0o700)
+    shipping.start_with(app, folder)
+    signals.worker_ready.send(sender=Sender(app))
+    yield folder
+    signals.worker_shutdown.send(sender=Sender(app))
+
+
+def leave(folder: Path, **fields: Any) -> None:
+    journal = Journal(folder, "n")
+    journal.append(record("SUCCESS", -10.0, **fields))
+    journal.close()
+
+
+def shipped(folder: Path) -> list[int]:
+    return [json.loads(line)["shipped"] for file in Journal.files(folder) for line in file.read_bytes().splitlines()]
+
+
+def test_a_running_node_brings_what_was_left(server: Server, folder: Path) -> None:
+    leave(folder)
+    eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
+
+
+def test_a_redis_that_refuses_for_a_while(server: Server, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    client = server.client()
+    client.config_set("maxmemory", 1)  # "OOM command not allowed"
+    try:
+        leave(folder)
+        eventually(lambda: "results wait in the journal" in caplog.text)
+        assert shipped(folder) == [0]
+    finally:
+        client.config_set("maxmemory", 0)
+    eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
+
+
+def test_the_end_of_a_node_is_a_last_chance(server: Server, app: Celery, tmp_path: Path) -> None:
+    shipping.start_with(app, tmp_path)
+    signals.worker_ready.send(sender=Sender(app))
+    Journal(tmp_path, "n").append(record("SUCCESS"))  # too new to be looked at
+    signals.worker_shutdown.send(sender=Sender(app))
+    assert (held(server), shipped(tmp_path)) == ("SUCCESS", [1])
+
+
+def test_by_hand(server: Server, app: Celery, tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    with pytest.raises(ConfigurationError, match="there is no journal folder"):
+        shipping.ship(app, folder)
+    folder.mkdir()
+    leave(folder)
+    server.client().config_set("maxmemory", 1)
+    try:
+        with pytest.raises(StoreError, match=r"not all of .* could be delivered"):
+            shipping.ship(app, folder)
+    finally:
+        server.client().config_set("maxmemory", 0)
+    assert shipping.ship(app, folder) == 1
+    assert shipping.ship(app, folder) == 0
+    assert held(server) == "SUCCESS"
+    plain = Celery("plain", backend="cache+memory://", set_as_current=False)
+    with pytest.raises(ConfigurationError, match="keeps a journal"):
+        shipping.ship(plain, folder)
+    shutil.rmtree(folder)

@@ -1,0 +1,214 @@
+"""What the shipper finds, delivers, marks and remembers; Redis is a list here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpworker.results import shipper as module
+from mpworker.results.journal import Journal
+from mpworker.results.reader import read_entries
+from mpworker.results.record import SHIPPED, SUPERSEDED, Record, timestamp_now
+from mpworker.results.shipper import Pass, Shipper
+
+
+class Redis:
+    """Takes records, or refuses."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, str]] = []
+        self.batches: list[int] = []
+        self.refuses = False
+        self.digit = SHIPPED
+
+    def __call__(self, records: Sequence[Record]) -> list[bytes]:
+        if self.refuses and records:
+            raise ConnectionError("no")
+        self.got += [(record.task_id, record.status) for record in records]
+        self.batches.append(len(records))
+        return [self.digit] * len(records)
+
+
+def put(folder: Path, task_id: str, status: str = "SUCCESS", node: str = "n", **fields: Any) -> None:
+    journal = Journal(folder, node)
+    journal.append(Record(task_id=task_id, status=status, **{"key": f"k{task_id}", "payload": "{}", **fields}))
+    journal.close()
+
+
+def digits(folder: Path) -> list[int]:
+    return [json.loads(line)["shipped"] for path in Journal.files(folder) for line in path.read_bytes().splitlines()]
+
+
+def ship(folder: Path, redis: Redis, grace: float = 0.0) -> Pass:
+    shipper = Shipper(folder, redis, grace)
+    with shipper.lock() as alone:
+        assert alone
+        return shipper.run()
+
+
+def test_what_is_unshipped_is_delivered_in_order_and_marked(tmp_path: Path) -> None:
+    redis = Redis()
+    for name in "abc":
+        put(tmp_path, name, shipped=name == "b")
+    assert ship(tmp_path, redis) == Pass(2, 0)
+    assert redis.got == [("a", "SUCCESS"), ("c", "SUCCESS")]
+    assert digits(tmp_path) == [1, 1, 1]
+    assert ship(tmp_path, redis) == Pass(0, 0)
+
+
+def test_of_a_task_only_the_last_is_delivered_and_all_are_marked(tmp_path: Path) -> None:
+    redis = Redis()
+    for status in ("STARTED", "RETRY", "STARTED", "FAILURE"):
+        put(tmp_path, "a", status)
+    put(tmp_path, "b", "STARTED")
+    assert ship(tmp_path, redis) == Pass(5, 0)
+    assert redis.got == [("a", "FAILURE"), ("b", "STARTED")]
+    assert digits(tmp_path) == [1] * 5
+
+
+def test_what_redis_holds_already_counts_for_nothing(tmp_path: Path) -> None:
+    redis = Redis()
+    redis.digit = SUPERSEDED
+    put(tmp_path, "a", "FAILURE")
+    ship(tmp_path, redis)
+    assert digits(tmp_path) == [2]
+
+
+def test_a_refusal_keeps_everything_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST", 2)
+    redis = Redis()
+    for name in "abcde":
+        put(tmp_path, name)
+    taken = redis.__call__
+
+    def until_two(records: Sequence[Record]) -> list[bytes]:
+        redis.refuses = len(redis.got) >= 2
+        return taken(records)
+
+    with pytest.raises(ConnectionError):
+        Shipper(tmp_path, until_two).run()
+    assert digits(tmp_path) == [1, 1, 0, 0, 0]
+    redis.refuses = False
+    assert Shipper(tmp_path, taken).run() == Pass(3, 0)
+    assert [name for name, _ in redis.got] == list("abcde")
+    assert redis.batches == [2, 2, 1]
+
+
+def test_a_batch_is_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BULK", 1000)
+    redis = Redis()
+    for name in "abcd":
+        put(tmp_path, name, payload="x" * 600)
+    ship(tmp_path, redis)
+    assert redis.batches == [2, 2, 0]
+
+
+def test_a_new_record_is_left_to_its_writer(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "old", timestamp="2026-01-01T00:00:00.000000+00:00")
+    put(tmp_path, "new")
+    put(tmp_path, "old too", timestamp="2026-01-01T00:00:00.000000+00:00")
+    assert ship(tmp_path, redis, grace=60.0) == Pass(2, 1)
+    assert digits(tmp_path) == [1, 0, 1]
+    assert ship(tmp_path, redis) == Pass(1, 0)
+    assert [name for name, _ in redis.got] == ["old", "old too", "new"]
+
+
+def test_a_clock_that_was_ahead_holds_nothing_up(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a", timestamp="2126-01-01T00:00:00.000000+00:00")
+    assert ship(tmp_path, redis, grace=60.0) == Pass(1, 0)
+
+
+def test_what_has_expired_or_is_not_meant_for_redis_is_settled(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "expired", timestamp="2026-01-01T00:00:00.000000+00:00", expires=60)
+    put(tmp_path, "free", key=None, payload=None)
+    put(tmp_path, "lives", timestamp=timestamp_now(), expires=60)
+    assert ship(tmp_path, redis) == Pass(3, 0)
+    assert redis.got == [("lives", "SUCCESS")]
+
+
+def test_the_checkpoint_spares_reading_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    ship(tmp_path, redis)
+    starts: list[int] = []
+
+    def watched(paths: Any, tally: Any, start: int, **options: Any) -> Any:
+        starts.append(start)
+        return read_entries(paths, tally, start, **options)
+
+    monkeypatch.setattr(module, "read_entries", watched)
+    ship(tmp_path, redis)
+    assert starts == []  # nothing has been added
+    put(tmp_path, "b")
+    ship(tmp_path, redis)
+    (file,) = Journal.files(tmp_path)
+    assert starts == [len(file.read_bytes().splitlines(keepends=True)[0])]
+    assert (tmp_path / ".shipped.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"files": [1]}', '{"files": {"n": 3}}', "\0"])
+def test_a_broken_checkpoint_is_none(tmp_path: Path, text: str) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    (tmp_path / ".shipped.json").write_text(text)
+    assert ship(tmp_path, redis) == Pass(1, 0)
+
+
+def test_a_file_that_was_replaced_or_cut_is_read_from_its_beginning(tmp_path: Path) -> None:
+    redis = Redis()
+    for name in "ab":
+        put(tmp_path, name)
+    ship(tmp_path, redis)
+    (file,) = Journal.files(tmp_path)
+    os.truncate(file, 0)
+    put(tmp_path, "c")
+    assert ship(tmp_path, redis) == Pass(1, 0)
+    file.unlink()
+    for name in "defg":
+        put(tmp_path, name)
+    assert ship(tmp_path, redis) == Pass(4, 0)
+
+
+def test_torn_lines_and_whole_ones_glued_to_them(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    (file,) = Journal.files(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50] + whole + b"nonsense\n" + whole[:40])
+    assert ship(tmp_path, redis) == Pass(1, 0)
+    assert redis.got == [("a", "SUCCESS")]
+    assert b'"shipped": 1' in file.read_bytes()
+    file.write_bytes(file.read_bytes()[:-40] + whole)
+    assert ship(tmp_path, redis) == Pass(1, 0)
+
+
+def test_two_never_ship_the_same_folder(tmp_path: Path) -> None:
+    first, second = Shipper(tmp_path, Redis()), Shipper(tmp_path, Redis())
+    with first.lock() as one, second.lock() as two:
+        assert (one, two) == (True, False)
+    with second.lock() as again:
+        assert again
+
+
+def test_several_nodes_in_one_folder(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a", node="one")
+    put(tmp_path, "b", node="two")
+    assert ship(tmp_path, redis) == Pass(2, 0)
+
+
+def test_a_large_backlog_in_constant_memory(tmp_path: Path) -> None:
+    redis = Redis()
+    journal = Journal(tmp_path, "n")
+    for number in range(2000):
+        journal.append(Record(task_id=str(number), status="SUCCESS", key="k", payload="{}"))
+    assert ship(tmp_path, redis) == Pass(2000, 0)
+    assert max(redis.batches) == module._MOST
