@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 wrong options, 130 after Ctrl-C.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from mpworker.errors import ConfigurationError, MPWorkerError
 
 if TYPE_CHECKING:
     from mpworker.celery.requeue import DeadLetters
+    from mpworker.results.query import ResultStore
 
 
 class WrongOption(click.ClickException):
@@ -63,16 +63,48 @@ def demo(context: click.Context, folder: Path | None, workers: int | None, data_
         raise click.ClickException(str(exc)) from None
 
 
+_since = click.option("--since", metavar="WHEN", help="30m, 2h, 1d ago, or ISO 8601.")
+_until = click.option("--until", metavar="WHEN", help="The same.")
+_path = click.option("--path", type=click.Path(path_type=Path), help="A journal folder or file; default: this node's.")
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as in a pipe.")
+
+
 @cli.group(invoke_without_command=True)
-@click.option("--dead", is_flag=True, help="Messages that killed too many workers; see requeue.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as in a pipe.")
+@click.option("--status", help="A state, or a word for it: failed, completed, running, revoked, ...")
+@click.option("--name", help="Of the task; a pattern such as 'proj.tasks.*'.")
+@click.option("--id", "task_id", help="Of one task, or a pattern.")
+@click.option("--worker", help="A node's name, or a pattern.")
+@_since
+@_until
+@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="The latest so many.")
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--dead", is_flag=True, help="Messages that killed too many workers, instead; see requeue.")
+@_path
+@_as_json
+@click.option("--csv", "as_csv", is_flag=True, help="With a line of names.")
 @click.pass_context
-def results(context: click.Context, dead: bool, as_json: bool) -> None:
-    """List what has become of tasks."""
+def results(context: click.Context, /, dead: bool, as_json: bool, as_csv: bool, **options: Any) -> None:
+    """List what has become of tasks: the latest record of each."""
     if context.invoked_subcommand is not None:
         return
-    if not dead:
-        raise WrongOption("results lists dead messages so far: say --dead, or ship")
+    if as_json and as_csv:
+        raise WrongOption("--json and --csv exclude each other")
+    form = "csv" if as_csv else "json" if as_json or not sys.stdout.isatty() else "table"
+    if dead:
+        _list_dead(context, form)
+        return
+    from mpworker.monitor.listing import list_results
+
+    follow, path = options.pop("follow"), options.pop("path")
+    try:
+        list_results(_store(context, path), form, follow, options)
+    except ValueError as exc:
+        raise WrongOption(str(exc)) from None
+
+
+def _list_dead(context: click.Context, form: str) -> None:
+    from mpworker.monitor.listing import print_rows
+
     letters = _dead_letters(context)
     found: list[dict[str, Any]] = []
     try:
@@ -80,17 +112,45 @@ def results(context: click.Context, dead: bool, as_json: bool) -> None:
     except MPWorkerError as exc:
         raise click.ClickException(str(exc)) from None
     finally:  # also what was found before a place that cannot be read
-        if as_json or not sys.stdout.isatty():
-            for row in found:
-                click.echo(json.dumps(row))
-        else:
-            from mpworker.monitor.views import print_rows
+        print_rows(found, form, "no dead messages")
 
-            print_rows(found, "no dead messages")
+
+@cli.command()
+@click.option("--by", type=click.Choice(["name", "worker", "hour"]), help="One row for each of them.")
+@_since
+@_until
+@_path
+@_as_json
+@click.pass_context
+def stats(
+    context: click.Context, by: str | None, since: str | None, until: str | None, path: Path | None, as_json: bool
+) -> None:
+    """Count what has become of tasks, each by its latest record."""
+    from mpworker.monitor.listing import print_statistics
+
+    try:
+        print_statistics(_store(context, path), by, since, until, as_json or not sys.stdout.isatty())
+    except ValueError as exc:
+        raise WrongOption(str(exc)) from None
+
+
+def _store(context: click.Context, path: Path | None) -> ResultStore:
+    from mpworker.celery.app import settings_of
+    from mpworker.celery.requeue import app_of
+    from mpworker.results.query import ResultStore
+
+    if path is None:
+        try:
+            path = settings_of(app_of(context.find_root().params["app"])).journal_dir
+        except ConfigurationError as exc:
+            raise WrongOption(str(exc)) from None
+    elif not path.exists():
+        raise WrongOption(f"--path: there is no {path}")
+    return ResultStore(path)
 
 
 @results.command()
-@click.option("--path", type=click.Path(path_type=Path), help="A journal folder; default: this machine's.")
+@_path
 @click.pass_context
 def ship(context: click.Context, path: Path | None) -> None:
     """Bring to Redis what a node has left in its journal. Running it again does no harm."""

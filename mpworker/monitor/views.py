@@ -202,13 +202,15 @@ def _two_columns(title: str, second: str, rows: Iterable[tuple[str, str]]) -> Ta
     return table
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], nothing: str, console: Console | None = None) -> None:
+def print_rows(
+    rows: Sequence[Mapping[str, object]], nothing: str, console: Console | None = None, *, header: bool = True
+) -> None:
     """A table of rows that have the same columns, or the text ``nothing``."""
     console = console or Console()
     if not rows:
         console.print(nothing, markup=False)
         return
-    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False, show_header=header)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))
     console.print(table)

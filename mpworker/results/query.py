@@ -9,11 +9,12 @@ a SUCCESS that Celery stored is never displaced (Celery's own rule; Redis keeps 
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -27,6 +28,8 @@ from mpworker.results.record import TERMINAL, Record, canonical
 
 _FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})
 _PENDING = frozenset({"PENDING", "RECEIVED", "RETRY"})
+#: How the message of a task begins whose process died; Celery's name for it, and the pool's.
+_LOST = ("WorkerLostError", "WorkerLost", "PoisonMessage")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
 
@@ -43,6 +46,10 @@ class _Seen(NamedTuple):
     #: a SUCCESS that Celery stored
     fixed: bool
     retried: bool
+    #: the node
+    worker: str
+    #: its process had died
+    lost: bool
 
 
 class _Place(NamedTuple):
@@ -117,6 +124,10 @@ class ResultStore:
         since: datetime | float | str | None = None,
         limit: int | None = None,
         newest_first: bool = False,
+        *,
+        until: datetime | float | str | None = None,
+        task_id: str | None = None,
+        worker: str | None = None,
     ) -> Iterator[Record]:
         """The latest record of each task that fits, in the order of time.
 
@@ -125,28 +136,39 @@ class ResultStore:
             name: a task's name, or a pattern such as ``proj.*``.
             since: a datetime (naive: local time), a number of seconds ago, ``30m``/``2h``/``1d``, or ISO 8601 text.
             limit: at most so many.
+            until: as ``since``.
+            task_id: of one task, or a pattern.
+            worker: a node's name such as ``celery@host``, or a pattern.
 
         Raises:
-            ValueError: ``since`` or ``limit`` makes no sense.
+            ValueError: ``since``, ``until`` or ``limit`` makes no sense.
         """
         if limit is not None and (isinstance(limit, bool) or limit < 0):
             raise ValueError(f"limit must be 0 or more, not {limit!r}")
-        after = None if since is None else _since(since)
         state = None if status is None else canonical(status)
-        with self._lock:
-            self._refresh()
-            found = [
-                seen
-                for seen in self._tasks.values()
-                if (state is None or seen.status == state)
-                and (name is None or (seen.name is not None and fnmatchcase(seen.name, name)))
-                and (after is None or seen.stamp >= after)
-            ]
+        found = [
+            seen
+            for key, seen in self._within(since, until)
+            if (state is None or seen.status == state)
+            and (name is None or (seen.name is not None and fnmatchcase(seen.name, name)))
+            and (task_id is None or fnmatchcase(key, task_id))
+            and (worker is None or fnmatchcase(seen.worker, worker))
+        ]
         # Stable: records of one instant stay in the order in which they were written.
         found.sort(key=lambda seen: seen.stamp)
         if newest_first:
             found.reverse()
         return self._records(found, limit)
+
+    def _within(
+        self, since: datetime | float | str | None, until: datetime | float | str | None
+    ) -> Iterator[tuple[str, _Seen]]:
+        after = -math.inf if since is None else _moment(since, "since")
+        before = math.inf if until is None else _moment(until, "until")
+        with self._lock:
+            self._refresh()
+            tasks = list(self._tasks.items())
+        return ((task_id, seen) for task_id, seen in tasks if after <= seen.stamp <= before)
 
     @staticmethod
     def _records(found: list[_Seen], limit: int | None) -> Iterator[Record]:
@@ -163,39 +185,42 @@ class ResultStore:
         """Counts each task once, by its latest state.
 
         Returns:
-            ``total_tasks``, ``completed``, ``failed``, ``revoked``, ``running``, ``pending`` (waits, also for a retry),
-            ``retried`` (at least once; counted beside the others), ``success_rate`` (percent of completed + failed,
-            0.0 to 100.0; 0.0 before any is finished), ``mean_runtime``, ``p50_runtime``, ``p95_runtime``,
-            ``max_runtime`` (seconds or ``None``), ``first_timestamp``, ``last_timestamp`` (ISO 8601 or ``None``),
-            ``throughput`` (finished tasks per second between those two), ``torn_lines``.
+            ``total_tasks``, ``completed``, ``failed``, ``lost`` (failed because their process died), ``revoked``,
+            ``running``, ``pending`` (waits, also for a retry), ``retried`` (at least once; counted beside the others),
+            ``success_rate`` (percent of completed + failed, 0.0 to 100.0; 0.0 before any is finished),
+            ``mean_runtime``, ``p50_runtime``, ``p95_runtime``, ``p99_runtime``, ``max_runtime`` (seconds or ``None``),
+            ``first_timestamp``, ``last_timestamp`` (ISO 8601 or ``None``), ``throughput`` (finished tasks per second
+            between those two), ``torn_lines``.
         """
         with self._lock:
             self._refresh()
             tasks = list(self._tasks.values())
             torn, first, last = self._torn, self._first, self._last
-        completed = sum(seen.status == "SUCCESS" for seen in tasks)
-        failed = sum(seen.status in _FAILED for seen in tasks)
-        finished = sum(seen.status in TERMINAL for seen in tasks)
-        pending = sum(seen.status in _PENDING for seen in tasks)
-        span = last - first if first is not None and last is not None else 0.0
-        runtimes = sorted(s.runtime for s in tasks if s.runtime is not None and s.status in TERMINAL)
+        return _count(tasks, first, last) | {"torn_lines": torn}
+
+    def get_breakdown(
+        self,
+        by: str,
+        since: datetime | float | str | None = None,
+        until: datetime | float | str | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """:meth:`get_statistics` of groups of tasks, without ``torn_lines``.
+
+        Args:
+            by: ``name``, ``worker``, ``hour`` (in UTC, of the latest record) or ``all``, which is one group.
+            since, until: as for :meth:`query`.
+
+        Raises:
+            ValueError: ``by`` is none of them, or a time makes no sense.
+        """
+        if by not in _GROUPS:
+            raise ValueError(f"by must be one of {', '.join(_GROUPS)}, not {by!r}")
+        groups: dict[str, list[_Seen]] = {}
+        for _, seen in self._within(since, until):
+            groups.setdefault(_GROUPS[by](seen), []).append(seen)
         return {
-            "total_tasks": len(tasks),
-            "completed": completed,
-            "failed": failed,
-            "success_rate": 100.0 * completed / (completed + failed) if completed + failed else 0.0,
-            "revoked": sum(seen.status == "REVOKED" for seen in tasks),
-            "retried": sum(seen.retried for seen in tasks),
-            "running": len(tasks) - finished - pending,
-            "pending": pending,
-            "mean_runtime": sum(runtimes) / len(runtimes) if runtimes else None,
-            "p50_runtime": _percentile(runtimes, 0.50),
-            "p95_runtime": _percentile(runtimes, 0.95),
-            "max_runtime": runtimes[-1] if runtimes else None,
-            "first_timestamp": None if first is None else _iso(first),
-            "last_timestamp": None if last is None else _iso(last),
-            "throughput": finished / span if span > 0 else 0.0,
-            "torn_lines": torn,
+            name: _count(tasks, min(seen.stamp for seen in tasks), max(seen.stamp for seen in tasks))
+            for name, tasks in sorted(groups.items())
         }
 
     def _paths(self) -> list[Path]:
@@ -242,12 +267,50 @@ class ResultStore:
         name = intern(record.name) if record.name else None
         retried = record.retries > 0 or status == "RETRY"
         fixed = status == "SUCCESS" and record.key is not None
-        new = _Seen(stamp, status, name, record.runtime, entry.path, entry.offset, fixed, retried)
+        lost = status in _FAILED and record.message.startswith(_LOST)
+        place = entry.path, entry.offset
+        new = _Seen(stamp, status, name, record.runtime, *place, fixed, retried, intern(record.hostname), lost)
         if old is not None:
             # Writers that only know the id (a revoke) leave the name to those that knew it.
             winner = new if _displaces(new, old) else old
             new = winner._replace(name=new.name or old.name, retried=new.retried or old.retried)
         self._tasks[record.task_id] = new
+
+
+_GROUPS: dict[str, Callable[[_Seen], str]] = {
+    "all": lambda seen: "all",
+    "name": lambda seen: seen.name or "",
+    "worker": lambda seen: seen.worker,
+    "hour": lambda seen: f"{datetime.fromtimestamp(seen.stamp, UTC):%Y-%m-%dT%H:00Z}",
+}
+
+
+def _count(tasks: Sequence[_Seen], first: float | None, last: float | None) -> dict[str, Any]:
+    completed = sum(seen.status == "SUCCESS" for seen in tasks)
+    failed = sum(seen.status in _FAILED for seen in tasks)
+    finished = sum(seen.status in TERMINAL for seen in tasks)
+    pending = sum(seen.status in _PENDING for seen in tasks)
+    span = last - first if first is not None and last is not None else 0.0
+    runtimes = sorted(s.runtime for s in tasks if s.runtime is not None and s.status in TERMINAL)
+    return {
+        "total_tasks": len(tasks),
+        "completed": completed,
+        "failed": failed,
+        "success_rate": 100.0 * completed / (completed + failed) if completed + failed else 0.0,
+        "lost": sum(seen.lost for seen in tasks),
+        "revoked": sum(seen.status == "REVOKED" for seen in tasks),
+        "retried": sum(seen.retried for seen in tasks),
+        "running": len(tasks) - finished - pending,
+        "pending": pending,
+        "mean_runtime": sum(runtimes) / len(runtimes) if runtimes else None,
+        "p50_runtime": _percentile(runtimes, 0.50),
+        "p95_runtime": _percentile(runtimes, 0.95),
+        "p99_runtime": _percentile(runtimes, 0.99),
+        "max_runtime": runtimes[-1] if runtimes else None,
+        "first_timestamp": None if first is None else _iso(first),
+        "last_timestamp": None if last is None else _iso(last),
+        "throughput": finished / span if span > 0 else 0.0,
+    }
 
 
 def _displaces(new: _Seen, old: _Seen) -> bool:
@@ -282,12 +345,12 @@ def _epoch(value: datetime | float | str, what: str) -> float:
     return epoch
 
 
-def _since(value: datetime | float | str) -> float:
+def _moment(value: datetime | float | str, what: str) -> float:
     if isinstance(value, str):
         ago = _AGO.fullmatch(value.strip())
         if ago:
             return time.time() - float(ago[1]) * _UNITS[ago[2].lower()]
-        return _epoch(value.strip(), "since")
+        return _epoch(value.strip(), what)
     if isinstance(value, datetime):
-        return _epoch(value, "since")
-    return time.time() - _epoch(value, "since")
+        return _epoch(value, what)
+    return time.time() - _epoch(value, what)

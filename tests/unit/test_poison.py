@@ -405,6 +405,6 @@ def test_the_command_lists_a_table_or_lines(
 
 
 def test_the_command_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["requeue"], ["results"], ["-A", "no_such_app", "requeue", "x"]):
+    for words in (["requeue"], ["-A", "no_such_app", "requeue", "x"]):
         assert command(monkeypatch, *words) == 2
     assert "Error: cannot load the app of -A no_such_app: " in capsys.readouterr().err
