@@ -154,14 +154,13 @@ class Running(NamedTuple):
 
     def run(self, task: Any, count: int, *args: Any) -> float:
         """Seconds from the first to the last of what waited."""
-        app = self.tasks.app
-        app.control.cancel_consumer("celery", reply=True, timeout=PATIENCE, limit=1)
+        app, queue = self.tasks.app, f"{task.name}-{count}-{time.monotonic_ns()}"
         self.results.flushdb()
         with app.producer_or_acquire() as producer:
             for _ in range(count):
-                task.apply_async(args, producer=producer)
+                task.apply_async(args, producer=producer, queue=queue)
         begun = time.monotonic()
-        app.control.add_consumer("celery")
+        app.control.add_consumer(queue)
         while self.results.dbsize() < count:
             if time.monotonic() > begun + PATIENCE:
                 raise TimeoutError(f"{self.results.dbsize()} of {count} results:\n{self.node.log.read_text()}")
