@@ -151,8 +151,9 @@ def _store(context: click.Context, path: Path | None) -> ResultStore:
 
 @results.command()
 @_path
+@click.option("--all", "again", is_flag=True, help="Also what it has brought before: Redis has lost it.")
 @click.pass_context
-def ship(context: click.Context, path: Path | None) -> None:
+def ship(context: click.Context, path: Path | None, again: bool) -> None:
     """Bring to Redis what a node has left in its journal. Running it again does no harm."""
     from mpworker.celery.app import settings_of
     from mpworker.celery.requeue import app_of
@@ -162,7 +163,7 @@ def ship(context: click.Context, path: Path | None) -> None:
         folder = path or settings_of(app).journal_dir
         from mpworker.celery import shipping
 
-        delivered = shipping.ship(app, folder)
+        delivered = shipping.ship(app, folder, again)
     except ConfigurationError as exc:
         raise WrongOption(str(exc)) from None
     except MPWorkerError as exc:

@@ -35,6 +35,8 @@ _PAUSE_MAX, _GROWTH = 15.0, 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
 _LAST_TRY = 2.0
 
+#: With the name of a folder: a key that is there for as long as Redis forgets nothing.
+_MARK = "mpworker-journal-"
 #: KEYS: the task's key. ARGV: payload, milliseconds to live (0: for ever), the record's time, its state.
 #: Returns 1: stored; 0: a SUCCESS was there; 2: something newer was there; -1: what is there is no JSON, nothing done.
 _DELIVER = """
@@ -88,6 +90,15 @@ class Delivery:
         results = [record for record in records if not record.chord]
         digits = iter(self._results(results))
         return [self._part(record) if record.chord else next(digits) for record in records]
+
+    def knows(self, folder: str) -> bool:
+        """Whether this Redis still holds what it was brought from that folder. One that was emptied has forgotten."""
+        return not folder or bool(self._client.exists(_MARK + folder))
+
+    def remember(self, folder: str) -> None:
+        """From now on :meth:`knows` it."""
+        if folder:
+            self._client.set(_MARK + folder, 1)
 
     def _results(self, records: Sequence[Record]) -> list[bytes]:
         if not records or not self._scripted:
@@ -144,8 +155,11 @@ def _to_live(record: Record) -> int:
     return 0 if math.isinf(left) else max(1, int(left * 1000))
 
 
-def ship(app: Celery, folder: Path) -> int | None:
+def ship(app: Celery, folder: Path, again: bool = False) -> int | None:
     """Delivers what a node has left in its journal folder; returns how many records, ``None`` if another does it now.
+
+    Args:
+        again: also what had been delivered, as far as it has not expired.
 
     Raises:
         ConfigurationError: there is no such folder, or no Redis result backend.
@@ -158,7 +172,7 @@ def ship(app: Celery, folder: Path) -> int | None:
         if not alone:
             return None
         try:
-            return shipper.run().delivered
+            return shipper.run(again).delivered
         except (redis_errors.RedisError, OSError) as exc:
             raise StoreError(f"not all of {folder} could be delivered: {describe(exc)}") from exc
 
@@ -213,10 +227,13 @@ class Shipping(threading.Thread):
             self.join(_LAST_TRY)
 
     def _look(self, grace: float) -> None:
+        if not self._folder.is_dir():  # somebody has removed it; the next record makes it anew
+            return
         try:
-            shipper = Shipper(self._folder, Delivery(_backend_of(self._app)), grace)
+            delivery = Delivery(_backend_of(self._app))
+            shipper = Shipper(self._folder, delivery, grace)
             with shipper.lock() as alone:
-                found = shipper.run() if alone else None
+                delivered = self._ship(shipper, delivery) if alone else 0
         except (redis_errors.RedisError, OSError, StoreError) as exc:
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
@@ -227,6 +244,15 @@ class Shipping(threading.Thread):
             logger.exception("the shipper failed; it tries again")
             self._wait = _PAUSE_MAX
             return
-        if found is not None and found.delivered:
-            logger.info("Redis has been brought %d results that it had not taken", found.delivered)
+        if delivered:
+            logger.info("Redis has been brought %d results that it did not have", delivered)
         self._wait, self._refused = _PAUSE, False
+
+    @staticmethod
+    def _ship(shipper: Shipper, delivery: Delivery) -> int:
+        folder, is_new = shipper.name()
+        lost = not is_new and not delivery.knows(folder)
+        delivered = shipper.run(again=lost).delivered
+        if is_new or lost:
+            delivery.remember(folder)
+        return delivered

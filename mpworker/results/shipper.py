@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,7 @@ class Shipper:
     def __init__(self, folder: Path, deliver: Deliver, grace: float = 0.0) -> None:
         self.folder, self._deliver, self._grace = Path(folder), deliver, grace
         self._settled: dict[str, tuple[str, int]] = {}
+        self._name = ""
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -81,8 +83,21 @@ class Shipper:
         finally:
             os.close(fd)
 
-    def run(self) -> Pass:
+    def name(self) -> tuple[str, bool]:
+        """Of this folder, for ever; and whether it has just been given. Empty where nothing can be kept in it."""
+        self._settled = self._read_checkpoint()
+        if self._name:
+            return self._name, False
+        self._name = secrets.token_hex(8)
+        self._write_checkpoint()
+        self._settled = self._read_checkpoint()
+        return self._name, True
+
+    def run(self, again: bool = False) -> Pass:
         """Delivers what is unshipped now, oldest first. The caller holds the lock.
+
+        Args:
+            again: also what had been shipped: Redis has lost it.
 
         Raises:
             OSError: a journal file cannot be read.
@@ -94,7 +109,7 @@ class Shipper:
         try:
             for path in Journal.files(self.folder):
                 try:
-                    done, left = self._run_file(path)
+                    done, left = self._run_file(path, again)
                 except FileNotFoundError:
                     continue  # rotated away meanwhile
                 delivered, young = delivered + done, young + left
@@ -103,11 +118,11 @@ class Shipper:
                 self._write_checkpoint()
         return Pass(delivered, young)
 
-    def _run_file(self, path: Path) -> tuple[int, int]:
+    def _run_file(self, path: Path, again: bool) -> tuple[int, int]:
         with _in_place(path) as fd:
             identity, end = _identity(fd), os.fstat(fd).st_size
             known, start = self._settled.get(path.name, (identity, 0))
-            if known != identity or start > end:  # another file, or cut off: from the beginning
+            if again or known != identity or start > end:  # another file, or cut off: from the beginning
                 start = 0
             if start == end:
                 return 0, 0
@@ -115,10 +130,10 @@ class Shipper:
             tally = Tally(end=start)
             batch: list[Entry] = []
             bulk = 0
-            for entry in read_entries([path], tally, start, unshipped=True):
-                if entry.record.shipped:
+            for entry in read_entries([path], tally, start, unshipped=not again):
+                if entry.record.superseded or (entry.record.shipped and (entry.record.chord or not again)):
                     continue
-                if self._is_young(entry.record):
+                if not entry.record.shipped and self._is_young(entry.record):
                     young += 1
                     if young == 1:
                         self._settle(path, identity, batch[0].offset if batch else entry.offset)
@@ -155,8 +170,10 @@ class Shipper:
     def _read_checkpoint(self) -> dict[str, tuple[str, int]]:
         try:
             found = json.loads((self.folder / _CHECKPOINT).read_bytes())
+            self._name = str(found.get("name", ""))
             return {str(name): (str(known), int(end)) for name, (known, end) in found["files"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            self._name = ""
             return {}  # none yet, or broken: everything is looked at again
 
     def _write_checkpoint(self) -> None:
@@ -167,7 +184,7 @@ class Shipper:
         with contextlib.suppress(OSError):  # a full disk, a folder to read only: the next run looks at more than needed
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(fd, "w") as file:
-                json.dump({"files": files}, file)
+                json.dump({"name": self._name, "files": files}, file)
             fresh.replace(path)
 
 

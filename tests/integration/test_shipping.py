@@ -168,6 +168,14 @@ def test_a_redis_that_refuses_for_a_while(server: Server, folder: Path, caplog: 
     eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
 
 
+def test_a_redis_that_comes_back_empty_is_brought_everything_again(server: Server, folder: Path) -> None:
+    leave(folder)
+    eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
+    eventually(lambda: server.client().keys("mpworker-journal-*"))
+    server.client().flushdb()
+    eventually(lambda: held(server) == "SUCCESS")
+
+
 def test_the_end_of_a_node_is_a_last_chance(server: Server, app: Celery, tmp_path: Path) -> None:
     shipping.start_with(app, tmp_path)
     signals.worker_ready.send(sender=Sender(app))
@@ -190,6 +198,9 @@ def test_by_hand(server: Server, app: Celery, tmp_path: Path) -> None:
         server.client().config_set("maxmemory", 0)
     assert shipping.ship(app, folder) == 1
     assert shipping.ship(app, folder) == 0
+    assert held(server) == "SUCCESS"
+    server.client().flushdb()
+    assert shipping.ship(app, folder, again=True) == 1
     assert held(server) == "SUCCESS"
     plain = Celery("plain", backend="cache+memory://", set_as_current=False)
     with pytest.raises(ConfigurationError, match="keeps a journal"):

@@ -190,6 +190,33 @@ def test_torn_lines_and_whole_ones_glued_to_them(tmp_path: Path) -> None:
     assert ship(tmp_path, redis) == Pass(1, 0)
 
 
+def test_again_is_everything_that_was_not_superseded(tmp_path: Path) -> None:
+    redis = Redis()
+    for name, status in (("a", "STARTED"), ("a", "SUCCESS"), ("b", "FAILURE")):
+        put(tmp_path, name, status, shipped=True)
+    put(tmp_path, "a", "FAILURE", superseded=True)
+    put(tmp_path, "c", "STARTED")
+    put(tmp_path, "d", "FAILURE", key=None, chord=True, shipped=True)
+    shipper = Shipper(tmp_path, redis)
+    assert shipper.run(again=True) == Pass(4, 0)
+    assert redis.got == [("a", "SUCCESS"), ("b", "FAILURE"), ("c", "STARTED")]
+    assert shipper.run() == Pass(0, 0)
+
+
+def test_a_folder_keeps_its_name(tmp_path: Path) -> None:
+    name, is_new = Shipper(tmp_path, Redis()).name()
+    assert name
+    assert is_new
+    put(tmp_path, "a")
+    ship(tmp_path, Redis())
+    assert Shipper(tmp_path, Redis()).name() == (name, False)
+
+
+def test_a_folder_where_nothing_can_be_kept_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    assert Shipper(tmp_path, Redis()).name()[0] == ""
+
+
 def test_two_never_ship_the_same_folder(tmp_path: Path) -> None:
     first, second = Shipper(tmp_path, Redis()), Shipper(tmp_path, Redis())
     with first.lock() as one, second.lock() as two:
