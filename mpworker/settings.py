@@ -144,6 +144,10 @@ class Settings:
     #: ``off``: the kernel writes when it likes (survives any killed process); ``batch``: on disk after at most 100 ms;
     #: ``always``: fsync for each record
     journal_fsync: str = _setting(_one_of(FSYNC), "batch")
+    #: days for which journal files are kept, once Redis has all that is in them; 0: for ever
+    journal_days: int = _setting(_count_or_off, 30)
+    #: MiB that the journal may take, from where on its oldest files go under the same condition; 0: any number
+    journal_mib: int = _setting(_count_or_off, 0)
     #: how worker processes start
     start_method: str = _setting(_one_of(START_METHODS), "auto")
     #: seconds that one ``callback`` or ``error_callback`` may run

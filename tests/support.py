@@ -281,6 +281,10 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def forget(self) -> None:
+        """While it is down: it will come back empty."""
+        shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
+
     def client(self, **options: Any) -> Any:
         import redis
 

@@ -25,6 +25,7 @@ from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Flusher
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
 from mpworker.results.shipper import Shipper
+from mpworker.settings import Settings
 
 logger = logging.getLogger("mpworker.results")
 
@@ -184,9 +185,9 @@ def _backend_of(app: Celery) -> ResultBackend:
     return backend
 
 
-def start_with(app: Celery, folder: Path, flusher: Flusher | None = None) -> None:
+def start_with(app: Celery, settings: Settings, flusher: Flusher | None = None) -> None:
     """Has the node of this process ship and flush its journal from when it is ready until it ends."""
-    shipping = Shipping(app, folder)
+    shipping = Shipping(app, settings)
 
     def begin(sender: Any, **_: Any) -> None:
         if sender.app is app and shipping.ident is None:
@@ -209,9 +210,10 @@ def start_with(app: Celery, folder: Path, flusher: Flusher | None = None) -> Non
 class Shipping(threading.Thread):
     """Looks again and again for what its node has not brought to Redis."""
 
-    def __init__(self, app: Celery, folder: Path) -> None:
+    def __init__(self, app: Celery, settings: Settings) -> None:
         super().__init__(name="mpworker-shipper", daemon=True)
-        self._app, self._folder = app, folder
+        self._app, self._folder = app, settings.journal_dir
+        self._kept = settings.journal_days, settings.journal_mib << 20
         self._end = threading.Event()
         self._wait, self._refused = _PAUSE, False
 
@@ -248,11 +250,12 @@ class Shipping(threading.Thread):
             logger.info("Redis has been brought %d results that it did not have", delivered)
         self._wait, self._refused = _PAUSE, False
 
-    @staticmethod
-    def _ship(shipper: Shipper, delivery: Delivery) -> int:
+    def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()
         lost = not is_new and not delivery.knows(folder)
         delivered = shipper.run(again=lost).delivered
         if is_new or lost:
             delivery.remember(folder)
+        for path in shipper.discard(*self._kept):
+            logger.info("%s is removed: it is older than journals are kept here, or there is too much of them", path)
         return delivered

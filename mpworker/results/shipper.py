@@ -18,6 +18,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,6 +163,28 @@ class Shipper:
             mark_at_offset(fd, entry.offset, digits.get(entry.offset, SHIPPED))
         return len(batch)
 
+    def discard(self, days: int, most: int, today: date | None = None) -> list[Path]:
+        """Removes old files of which all is settled, never one of today. The caller holds the lock.
+
+        Args:
+            days: for which they are kept; 0: for ever.
+            most: bytes that all of them may take; 0: any number.
+        """
+        today = today or datetime.now(UTC).date()
+        files = [(path, _day_of(path), path.stat().st_size) for path in Journal.files(self.folder)]
+        total, gone = sum(size for *_, size in files), []
+        for path, day, size in files:
+            is_old = bool(days) and day is not None and (today - day).days > days
+            if day is None or day >= today or not (is_old or (most and total > most)):
+                continue
+            with _in_place(path) as fd:
+                settled = self._settled.get(path.name) == (_identity(fd), os.fstat(fd).st_size)
+            if settled:
+                path.unlink()
+                total -= size
+                gone.append(path)
+        return gone
+
     # -- how far all is settled ----------------------------------------------------------------------------------
 
     def _settle(self, path: Path, identity: str, end: int) -> None:
@@ -186,6 +209,13 @@ class Shipper:
             with open(fd, "w") as file:
                 json.dump({"name": self._name, "files": files}, file)
             fresh.replace(path)
+
+
+def _day_of(path: Path) -> date | None:
+    try:
+        return date.fromisoformat(path.stem[-10:])
+    except ValueError:
+        return None
 
 
 def _identity(fd: int) -> str:

@@ -161,7 +161,8 @@ def test_redis_killed_in_the_middle(tmp_path):
             assert {line["shipped"] for line in lines} == {0}
             eventually(lambda: len(node.notes.read("success")) == 12)
             assert ask(client, node, "stats")["total"]["shop.tasks.add"] == 10
-            results.start()  # and it is empty
+            results.forget()
+            results.start()
             with client_of(server, result_backend=results.results) as watcher:
                 found = [watcher.AsyncResult(result.id) for result in waiting]
                 assert [result.get(timeout=PATIENCE) for result in found] == [2 * n for n in range(10)]

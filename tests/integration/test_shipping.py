@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from mpworker.celery.shipping import Delivery
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
+from mpworker.settings import Settings
 
 CLASS = "mpworker.celery.backend:ResultBackend"
 
@@ -135,7 +137,7 @@ def folder(app: Celery, tmp_path: Path) -> Iterator[Path]:
     """The journal of a node whose shipper runs, as far as Celery's signals tell it."""
     folder = tmp_path / "journal"
     folder.mkdir(mode=0o700)
-    shipping.start_with(app, folder)
+    shipping.start_with(app, Settings(journal=folder))
     signals.worker_ready.send(sender=Sender(app))
     yield folder
     signals.worker_shutdown.send(sender=Sender(app))
@@ -176,8 +178,15 @@ def test_a_redis_that_comes_back_empty_is_brought_everything_again(server: Serve
     eventually(lambda: held(server) == "SUCCESS")
 
 
+def test_old_files_go_once_all_of_them_is_in_redis(server: Server, folder: Path) -> None:
+    old = Journal(folder, "n", clock=lambda: time.time() - 40 * 86400)
+    old.append(record("SUCCESS", -10.0))
+    old.close()
+    eventually(lambda: held(server) == "SUCCESS" and Journal.files(folder) == [])
+
+
 def test_the_end_of_a_node_is_a_last_chance(server: Server, app: Celery, tmp_path: Path) -> None:
-    shipping.start_with(app, tmp_path)
+    shipping.start_with(app, Settings(journal=tmp_path))
     signals.worker_ready.send(sender=Sender(app))
     Journal(tmp_path, "n").append(record("SUCCESS"))  # too new to be looked at
     signals.worker_shutdown.send(sender=Sender(app))

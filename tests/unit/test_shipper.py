@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,50 @@ def test_a_folder_keeps_its_name(tmp_path: Path) -> None:
 def test_a_folder_where_nothing_can_be_kept_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.os, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
     assert Shipper(tmp_path, Redis()).name()[0] == ""
+
+
+def at(folder: Path, day: str, task_id: str = "a", **fields: Any) -> Path:
+    moment = datetime.fromisoformat(f"{day}T12:00:00+00:00").timestamp()
+    journal = Journal(folder, "n", clock=lambda: moment)
+    journal.append(Record(task_id=task_id, status="SUCCESS", key="k", payload="{}", **fields))
+    journal.close()
+    return journal.path()
+
+
+TODAY = date(2026, 11, 21)
+
+
+def test_only_old_files_of_which_all_is_settled_are_removed(tmp_path: Path) -> None:
+    redis = Redis()
+    old, young = at(tmp_path, "2026-11-10", "old"), at(tmp_path, "2026-11-14", "young")
+    shipper = Shipper(tmp_path, redis)
+    assert shipper.discard(7, 0, TODAY) == []  # not delivered yet
+    shipper.run()
+    at(tmp_path, "2026-11-10", "late")
+    assert shipper.discard(7, 0, TODAY) == []  # not all of it
+    shipper.run()
+    assert shipper.discard(0, 0, TODAY) == []
+    assert shipper.discard(7, 0, TODAY) == [old]
+    assert Journal.files(tmp_path) == [young]
+    assert shipper.run() == Pass(0, 0)
+
+
+def test_too_much_costs_the_oldest_files_but_never_today_s(tmp_path: Path) -> None:
+    files = [at(tmp_path, f"2026-11-{day}") for day in (18, 19, 20, 21)]
+    size = files[0].stat().st_size
+    shipper = Shipper(tmp_path, Redis())
+    shipper.run()
+    assert shipper.discard(0, 4 * size, TODAY) == []
+    assert shipper.discard(0, 3 * size - 1, TODAY) == files[:2]
+    assert shipper.discard(0, 1, TODAY) == [files[2]]
+    assert Journal.files(tmp_path) == [files[3]]
+
+
+def test_a_file_without_a_day_in_its_name_is_nobodys_to_remove(tmp_path: Path) -> None:
+    Journal.single(tmp_path / "mine.jsonl").append(Record(task_id="a", status="SUCCESS"))
+    shipper = Shipper(tmp_path, Redis())
+    shipper.run()
+    assert shipper.discard(1, 1, TODAY) == []
 
 
 def test_two_never_ship_the_same_folder(tmp_path: Path) -> None:
