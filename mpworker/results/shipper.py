@@ -80,7 +80,10 @@ class Shipper:
             except BlockingIOError:
                 yield False
             else:
-                yield True
+                try:
+                    yield True
+                finally:  # not by closing alone: a process that was forked meanwhile holds it, too
+                    fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
 

@@ -270,6 +270,21 @@ def test_two_never_ship_the_same_folder(tmp_path: Path) -> None:
         assert again
 
 
+def test_a_fork_in_between_does_not_keep_the_lock(tmp_path: Path) -> None:
+    shipper = Shipper(tmp_path, Redis())
+    reader, writer = os.pipe()
+    with shipper.lock():
+        if not (pid := os.fork()):
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    os.close(reader)
+    with shipper.lock() as again:
+        assert again
+    os.close(writer)
+    os.waitpid(pid, 0)
+
+
 def test_several_nodes_in_one_folder(tmp_path: Path) -> None:
     redis = Redis()
     put(tmp_path, "a", node="one")
