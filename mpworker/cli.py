@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -16,6 +16,8 @@ from mpworker import __version__
 from mpworker.errors import ConfigurationError, MPWorkerError
 
 if TYPE_CHECKING:
+    from celery import Celery
+
     from mpworker.celery.requeue import DeadLetters
     from mpworker.results.query import ResultStore
 
@@ -26,7 +28,7 @@ class WrongOption(click.ClickException):
     exit_code = 2
 
 
-@click.group(invoke_without_command=True)
+@click.group("mpworker", invoke_without_command=True)
 @click.version_option(__version__, prog_name="mpworker")
 @click.option(
     "-A", "--app", metavar="APP", help="The project's Celery app, as with celery -A; default: mpworker's own."
@@ -136,12 +138,11 @@ def stats(
 
 def _store(context: click.Context, path: Path | None) -> ResultStore:
     from mpworker.celery.app import settings_of
-    from mpworker.celery.requeue import app_of
     from mpworker.results.query import ResultStore
 
     if path is None:
         try:
-            path = settings_of(app_of(context.find_root().params["app"])).journal_dir
+            path = settings_of(_app(context)).journal_dir
         except ConfigurationError as exc:
             raise WrongOption(str(exc)) from None
     elif not path.exists():
@@ -156,10 +157,9 @@ def _store(context: click.Context, path: Path | None) -> ResultStore:
 def ship(context: click.Context, path: Path | None, again: bool) -> None:
     """Bring to Redis what a node has left in its journal. Running it again does no harm."""
     from mpworker.celery.app import settings_of
-    from mpworker.celery.requeue import app_of
 
     try:
-        app = app_of(context.find_root().params["app"])
+        app = _app(context)
         folder = path or settings_of(app).journal_dir
         from mpworker.celery import shipping
 
@@ -192,12 +192,27 @@ def requeue(context: click.Context, ids: tuple[str, ...]) -> None:
 
 
 def _dead_letters(context: click.Context) -> DeadLetters:
-    from mpworker.celery.requeue import DeadLetters, app_of
+    from mpworker.celery.requeue import DeadLetters
 
     try:
-        return DeadLetters(app_of(context.find_root().params["app"]))
+        return DeadLetters(_app(context))
     except ConfigurationError as exc:
         raise WrongOption(str(exc)) from None
+
+
+def _app(context: click.Context) -> Celery:
+    """The app of the nearest ``-A``: ours, or that of ``celery -A proj mpworker``.
+
+    Raises:
+        ConfigurationError: there is no such app, or importing it fails.
+    """
+    from mpworker.celery.requeue import app_of
+
+    given: Any = None
+    place: click.Context | None = context
+    while place is not None and given is None:
+        given, place = place.params.get("app"), place.parent
+    return app_of(given) if given is None or isinstance(given, str) else cast("Celery", given)
 
 
 def _processors() -> int:

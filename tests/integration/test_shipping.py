@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery, signals
-from integration.node import Server, eventually
+from integration.node import PROJECTS, Server, eventually
 
 from mpworker.celery import shipping
 from mpworker.celery.backend import ResultBackend
@@ -215,3 +219,17 @@ def test_by_hand(server: Server, app: Celery, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="keeps a journal"):
         shipping.ship(plain, folder)
     shutil.rmtree(folder)
+
+
+def test_as_a_command_of_celerys(server: Server, tmp_path: Path) -> None:
+    if not [found for found in entry_points(group="celery.commands") if found.name == "mpworker"]:
+        pytest.skip("mpworker is not installed")
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    leave(journal)
+    env = {**os.environ, "SHOP_NOTES": str(tmp_path / "notes"), "SHOP_INSTALL": "1"}
+    env |= {"SHOP_BROKER": server.broker, "SHOP_RESULTS": server.results}
+    command = [sys.executable, "-m", "celery", "-A", "shop", "mpworker", "results", "ship", "--path", str(journal)]
+    done = subprocess.run(command, cwd=PROJECTS, env=env, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, f"1 record delivered from {journal}\n"), done.stderr
+    assert held(server) == "SUCCESS"
