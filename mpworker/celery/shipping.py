@@ -96,6 +96,13 @@ class Delivery:
         """Whether this Redis still holds what it was brought from that folder. One that was emptied has forgotten."""
         return not folder or bool(self._client.exists(_MARK + folder))
 
+    def server(self) -> str:
+        """Which run of which server this is; empty where it does not say."""
+        try:
+            return str(self._client.info("server").get("run_id", ""))
+        except redis_errors.ResponseError:
+            return ""
+
     def remember(self, folder: str) -> None:
         """From now on :meth:`knows` it."""
         if folder:
@@ -216,6 +223,7 @@ class Shipping(threading.Thread):
         self._kept = settings.journal_days, settings.journal_mib << 20
         self._end = threading.Event()
         self._wait, self._refused = _PAUSE, False
+        self._server = ""
 
     def run(self) -> None:
         while not self._end.wait(self._wait):
@@ -237,6 +245,7 @@ class Shipping(threading.Thread):
             with shipper.lock() as alone:
                 delivered = self._ship(shipper, delivery) if alone else 0
         except (redis_errors.RedisError, OSError, StoreError) as exc:
+            self._server = ""  # who answers next may be another
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
             self._refused = True
@@ -252,10 +261,14 @@ class Shipping(threading.Thread):
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()
-        lost = not is_new and not delivery.knows(folder)
+        forgotten = not is_new and not delivery.knows(folder)
+        # The same run of a server that has forgotten everything: somebody wanted that.
+        lost = forgotten and not (self._server and delivery.server() == self._server)
         delivered = shipper.run(again=lost).delivered
-        if is_new or lost:
+        if is_new or forgotten:
             delivery.remember(folder)
+        if forgotten or not self._server:
+            self._server = delivery.server()
         for path in shipper.discard(*self._kept):
             logger.info("%s is removed: it is older than journals are kept here, or there is too much of them", path)
         return delivered

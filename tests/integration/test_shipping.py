@@ -35,14 +35,23 @@ def server() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def app(server: Server) -> Iterator[Celery]:
+def app_of(server: Server) -> Celery:
     app = Celery("t", broker=server.broker, backend=f"mpworker+{server.results}", set_as_current=False)
     app.loader.override_backends = {"mpworker": CLASS}
-    server.client().flushdb()
-    yield app
+    return app
+
+
+def close(app: Celery) -> None:
     app.backend.result_consumer.cancel_for = lambda task_id: None
     app.close()
+
+
+@pytest.fixture
+def app(server: Server) -> Iterator[Celery]:
+    server.client().flushdb()
+    app = app_of(server)
+    yield app
+    close(app)
 
 
 @pytest.fixture(params=[True, False], ids=["script", "no script"])
@@ -174,12 +183,29 @@ def test_a_redis_that_refuses_for_a_while(server: Server, folder: Path, caplog: 
     eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
 
 
-def test_a_redis_that_comes_back_empty_is_brought_everything_again(server: Server, folder: Path) -> None:
+def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Path) -> None:
+    with Server() as server:
+        app = app_of(server)
+        shipping.start_with(app, Settings(journal=tmp_path))
+        signals.worker_ready.send(sender=Sender(app))
+        try:
+            leave(tmp_path)
+            eventually(lambda: held(server) == "SUCCESS" and server.client().keys("mpworker-journal-*"))
+            server.kill()
+            server.forget()
+            server.start()
+            eventually(lambda: held(server) == "SUCCESS")
+        finally:
+            signals.worker_shutdown.send(sender=Sender(app))
+            close(app)
+
+
+def test_a_redis_that_somebody_has_flushed_stays_flushed(server: Server, folder: Path) -> None:
     leave(folder)
-    eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
-    eventually(lambda: server.client().keys("mpworker-journal-*"))
+    eventually(lambda: held(server) == "SUCCESS" and server.client().keys("mpworker-journal-*"))
     server.client().flushdb()
-    eventually(lambda: held(server) == "SUCCESS")
+    eventually(lambda: server.client().keys("mpworker-journal-*"), what="the next look")
+    assert held(server) is None
 
 
 def test_old_files_go_once_all_of_them_is_in_redis(server: Server, folder: Path) -> None:
