@@ -153,8 +153,9 @@ def _store(context: click.Context, path: Path | None) -> ResultStore:
 @results.command()
 @_path
 @click.option("--all", "again", is_flag=True, help="Also what it has brought before: Redis has lost it.")
+@click.option("--any-backend", is_flag=True, help="Also what was meant for another result backend.")
 @click.pass_context
-def ship(context: click.Context, path: Path | None, again: bool) -> None:
+def ship(context: click.Context, path: Path | None, again: bool, any_backend: bool) -> None:
     """Bring to Redis what a node has left in its journal. Running it again does no harm."""
     from mpworker.celery.app import settings_of
 
@@ -163,17 +164,23 @@ def ship(context: click.Context, path: Path | None, again: bool) -> None:
         folder = path or settings_of(app).journal_dir
         from mpworker.celery import shipping
 
-        delivered = shipping.ship(app, folder, again)
+        found = shipping.ship(app, folder, again, any_backend)
     except ConfigurationError as exc:
         raise WrongOption(str(exc)) from None
     except MPWorkerError as exc:
         raise click.ClickException(str(exc)) from None
-    if delivered is None:
+    if found is None:
         raise click.ClickException(f"{folder} is being shipped by its node")
-    number = (
-        f"{delivered:,} record{'s' if delivered != 1 else ''} delivered from" if delivered else "nothing to deliver in"
+    number = found.delivered
+    click.echo(
+        f"{number:,} record{'s' * (number != 1)} delivered from {folder}"
+        if number
+        else f"nothing to deliver in {folder}"
     )
-    click.echo(f"{number} {folder}")
+    if found.others:
+        click.echo(f"{found.others:,} more are meant for another result backend: see --any-backend", err=True)
+    if found.young:
+        click.echo(f"{found.young:,} more are too new: their writer may deliver them, run this again later", err=True)
 
 
 @cli.command()

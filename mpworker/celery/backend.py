@@ -21,7 +21,6 @@ from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 from celery.utils.log import get_logger
-from kombu.exceptions import KombuError
 from kombu.utils.objects import cached_property
 from redis import exceptions as redis_errors
 
@@ -30,7 +29,7 @@ from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.journal import Journal, Place
-from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of
+from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of, store_name
 from mpworker.settings import Settings
 
 logger = get_logger(__name__)
@@ -173,6 +172,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         #: one script decides; False where payloads are no JSON or the server refuses scripts
         self.scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
 
+    @cached_property
+    def store_name(self) -> str:
+        """Which backend this is, for its records."""
+        return store_name(f"{self.as_uri()} {self.get_key_for_task('-')!r}")
+
     def as_uri(self, include_password: bool = False) -> str:
         """The URL that leads back to this class."""
         return f"mpworker+{super().as_uri(include_password) or 'redis://'}"
@@ -249,6 +253,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             name=getattr(request, "task", None),
             status=state,
             hostname=getattr(request, "hostname", None) or node,
+            store=self.store_name,
             payload=self.encode({"request": part, "state": state, "result": self.encode_result(result, state)}),
             chord=True,
         )
@@ -260,10 +265,13 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             redis.exceptions.RedisError: nor can it be done now.
         """
         part = self.decode(record.payload)
-        state, result = part["state"], part["result"]
+        request, state, result = Context(part["request"]), part["state"], part["result"]
+        if not self._chord_zset:  # before Celery 5.7 the same part would count twice
+            counted = self.encode([1, request.id, state, result])
+            self.client.lrem(self.get_key_for_group(request.group, ".j"), 0, counted)
         if state in states.EXCEPTION_STATES:
             result = self.exception_to_python(result)
-        super().on_chord_part_return(Context(part["request"]), state, result)
+        super().on_chord_part_return(request, state, result)
 
     def _record(self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
@@ -281,6 +289,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             hostname=getattr(request, "hostname", None) or node,
             retries=getattr(request, "retries", None) or 0,
             key=self.get_key_for_task(task_id).decode(),
+            store=self.store_name,
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
             dead=isinstance(result, PoisonMessage),
@@ -353,7 +362,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         it either, so it may be replaced."""
         try:
             meta = self.decode(payload)
-        except (KombuError, TypeError, ValueError) as exc:
+        except Exception as exc:  # of any serializer, any compressor
             self._redis_warnings.warn("an unreadable result in Redis is replaced: %s", describe(exc))
             return {}
         return meta if isinstance(meta, dict) else {}

@@ -13,7 +13,10 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
 from mpworker.celery.backend import ResultBackend, refuses_scripts
+from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Flusher
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
-from mpworker.results.shipper import Shipper
+from mpworker.results.shipper import Pass, Refused, Shipper
 from mpworker.settings import Settings
 
 logger = logging.getLogger("mpworker.results")
@@ -36,11 +40,29 @@ _PAUSE_MAX, _GROWTH = 15.0, 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
 _LAST_TRY = 2.0
 
-#: With the name of a folder: a key that is there for as long as Redis forgets nothing.
-_MARK = "mpworker-journal-"
+#: Seconds that one exchange may take: nobody waits for it, and a large result takes its time.
+_PATIENCE = 60.0
+#: Seconds between two looks for files that are too old.
+_DISCARD_EVERY = 3600.0
+
 #: KEYS: the task's key. ARGV: payload, milliseconds to live (0: for ever), the record's time, its state.
-#: Returns 1: stored; 0: a SUCCESS was there; 2: something newer was there; -1: what is there is no JSON, nothing done.
+#: Returns 1: stored; 0: a SUCCESS was there; 2: a newer end was there; -1: what is there is no JSON, nothing done.
 _DELIVER = """
+local function seconds(text)
+    local y, m, d, h, min, s, sign, oh, om =
+        string.match(text, '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)([+-])(%d+):(%d+)$')
+    if not y then
+        return nil
+    end
+    y, m = tonumber(y), tonumber(m)
+    if m < 3 then
+        y, m = y - 1, m + 12
+    end
+    local days = 365 * y + math.floor(y / 4) - math.floor(y / 100) + math.floor(y / 400)
+        + math.floor((153 * (m - 3) + 2) / 5) + d
+    local offset = (oh * 60 + om) * (sign == '-' and -60 or 60)
+    return ((days * 24 + h) * 60 + min) * 60 + s - offset
+end
 local old = redis.call('GET', KEYS[1])
 if old and old ~= ARGV[1] then
     local readable, meta = pcall(cjson.decode, old)
@@ -53,8 +75,8 @@ if old and old ~= ARGV[1] then
     end
     if ARGV[4] ~= 'SUCCESS' then
         if status == 'FAILURE' or status == 'REVOKED' then
-            local comparable = type(done) == 'string' and string.sub(done, -6) == string.sub(ARGV[3], -6)
-            if not comparable or done >= ARGV[3] then
+            local ended, late = type(done) == 'string' and seconds(done), seconds(ARGV[3])
+            if not ended or not late or ended >= late then
                 return 2
             end
         elseif ARGV[4] == 'STARTED' and (status == 'STARTED' or status == 'RETRY' or status == 'PROGRESS') then
@@ -78,9 +100,8 @@ class Delivery:
 
     def __init__(self, backend: ResultBackend) -> None:
         self._backend = backend
-        self._client = backend.quick_client
+        self._client = quick_client(backend, _PATIENCE)
         self._script = self._client.register_script(_DELIVER)
-        self._scripted = backend.scripted
 
     def __call__(self, records: Sequence[Record]) -> list[bytes]:
         """See :data:`mpworker.results.shipper.Deliver`.
@@ -90,64 +111,52 @@ class Delivery:
         """
         results = [record for record in records if not record.chord]
         digits = iter(self._results(results))
-        return [self._part(record) if record.chord else next(digits) for record in records]
-
-    def knows(self, folder: str) -> bool:
-        """Whether this Redis still holds what it was brought from that folder. One that was emptied has forgotten."""
-        return not folder or bool(self._client.exists(_MARK + folder))
-
-    def server(self) -> str:
-        """Which run of which server this is; empty where it does not say."""
-        try:
-            return str(self._client.info("server").get("run_id", ""))
-        except redis_errors.ResponseError:
-            return ""
-
-    def remember(self, folder: str) -> None:
-        """From now on :meth:`knows` it."""
-        if folder:
-            self._client.set(_MARK + folder, 1)
+        return [self._own(self._part, record) if record.chord else next(digits) for record in records]
 
     def _results(self, records: Sequence[Record]) -> list[bytes]:
-        if not records or not self._scripted:
-            return [self._plainly(record) for record in records]
+        if records and self._backend.scripted:
+            try:
+                replies = self._by_script(records)
+            except redis_errors.ResponseError as exc:
+                if not refuses_scripts(exc):
+                    raise
+                self._backend.scripted = False
+            else:
+                return [self._own(self._digit, *item) for item in zip(records, replies, strict=True)]
+        return [self._own(self._plainly, record) for record in records]
+
+    def _by_script(self, records: Sequence[Record]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipe:
             for record in records:
                 args = [record.payload, _to_live(record), record.timestamp, record.status]
                 self._script(keys=[record.key], args=args, client=pipe)
-            replies = pipe.execute(raise_on_error=False)
-        return [self._digit(record, reply) for record, reply in zip(records, replies, strict=True)]
+            return list(pipe.execute(raise_on_error=False))
 
-    def _part(self, record: Record) -> bytes:
+    @staticmethod
+    def _own(do: Callable[..., bytes], record: Record, *args: Any) -> bytes:
+        """What is the fault of one record, or of its key, must not be in the way of all others for ever."""
         try:
-            self._backend.count_part(record)
-        except self._backend.outages:
-            raise
-        except Exception:  # the body's own fault: trying again would not help, and everything behind it would wait
-            logger.exception("task %s cannot be counted as a part of its chord", record.task_id)
-        return SHIPPED
+            return do(record, *args)
+        except redis_errors.ResponseError as exc:
+            if "WRONGTYPE" not in str(exc):
+                raise
+            logger.error("the record of task %s stays in the journal only: %s", record.task_id, describe(exc))
+            return SUPERSEDED
 
     def _digit(self, record: Record, reply: Any) -> bytes:
-        if not isinstance(reply, Exception):
-            return _DIGITS.get(reply) or self._plainly(record)
-        if isinstance(reply, redis_errors.ResponseError):
-            if str(reply).startswith("WRONGTYPE"):  # it would be in the way of all others for ever
-                logger.error("the result of task %s stays in the journal only: %s", record.task_id, describe(reply))
-                return SUPERSEDED
-            if refuses_scripts(reply):
-                self._scripted = False
-                return self._plainly(record)
-        raise reply
+        if isinstance(reply, Exception):
+            raise reply
+        return _DIGITS.get(reply) or self._plainly(record)
 
     def _plainly(self, record: Record) -> bytes:
         """In three steps, for payloads that are no JSON and servers that refuse scripts."""
         old = self._client.get(record.key)
         if old and old not in (record.payload, str(record.payload).encode()):
             meta = self._backend.decode_known(old)
-            status, done = meta.get("status"), str(meta.get("date_done"))
+            status = meta.get("status")
             if status == states.SUCCESS:
                 return SUPERSEDED
-            ended = status in TERMINAL and not (done[-6:] == record.timestamp[-6:] and done < record.timestamp)
+            ended = status in TERMINAL and not _is_before(meta.get("date_done"), record)
             if record.status != states.SUCCESS and (ended or (record.status == states.STARTED and status)):
                 return SHIPPED
         with self._client.pipeline() as pipe:
@@ -156,6 +165,49 @@ class Delivery:
             pipe.execute()
         return SHIPPED
 
+    def _part(self, record: Record) -> bytes:
+        try:
+            self._backend.count_part(record)
+        except self._backend.outages:
+            raise
+        except Exception:  # the body's own fault: trying again would not help
+            logger.exception("task %s cannot be counted as a part of its chord", record.task_id)
+        return SHIPPED
+
+    # -- whether Redis still has what it was brought -------------------------------------------------------------
+
+    def knows(self, folder: str) -> bool:
+        """Whether this Redis still holds what it was brought from that folder. One that was emptied has forgotten."""
+        try:
+            return not folder or bool(self._client.exists(self._mark(folder)))
+        except redis_errors.ResponseError:  # a key that we may not use
+            return True
+
+    def remember(self, folder: str) -> None:
+        """From now on :meth:`knows` it."""
+        if folder:
+            with suppress(redis_errors.ResponseError):
+                self._client.set(self._mark(folder), 1)
+
+    def _mark(self, folder: str) -> Any:
+        """A key that is there for as long as Redis forgets nothing, named as results are: others may be forbidden."""
+        return self._backend.get_key_for_task(f"mpworker-journal-{folder}")
+
+    def server(self) -> str:
+        """Which run of which server this is; empty where it does not say."""
+        try:
+            return str(self._client.info("server").get("run_id", ""))
+        except redis_errors.ResponseError:
+            return ""
+
+
+def _is_before(done: Any, record: Record) -> bool:
+    try:
+        moment = datetime.fromisoformat(done)
+    except (TypeError, ValueError):
+        return False
+    return moment.tzinfo is not None and moment.timestamp() < record.when
+
 
 def _to_live(record: Record) -> int:
     """Milliseconds; 0 for ever."""
@@ -163,11 +215,12 @@ def _to_live(record: Record) -> int:
     return 0 if math.isinf(left) else max(1, int(left * 1000))
 
 
-def ship(app: Celery, folder: Path, again: bool = False) -> int | None:
-    """Delivers what a node has left in its journal folder; returns how many records, ``None`` if another does it now.
+def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False) -> Pass | None:
+    """Delivers what a node has left in its journal folder; ``None`` if another does it now.
 
     Args:
         again: also what had been delivered, as far as it has not expired.
+        any_store: also what was meant for another result backend, which may be this one under another name.
 
     Raises:
         ConfigurationError: there is no such folder, or no Redis result backend.
@@ -175,14 +228,24 @@ def ship(app: Celery, folder: Path, again: bool = False) -> int | None:
     """
     if not folder.is_dir():
         raise ConfigurationError(f"there is no journal folder {folder}")
-    shipper = Shipper(folder, Delivery(_backend_of(app)))
+    backend = _backend_of(app)
+    part_grace = _part_grace(app)
+    shipper = Shipper(folder, Delivery(backend), 0.0, part_grace, None if any_store else backend.store_name)
     with shipper.lock() as alone:
         if not alone:
             return None
         try:
-            return shipper.run(again).delivered
-        except (redis_errors.RedisError, OSError) as exc:
-            raise StoreError(f"not all of {folder} could be delivered: {describe(exc)}") from exc
+            found = shipper.run(again)
+        except Refused as exc:
+            raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
+    if found.problem:
+        raise StoreError(found.problem)
+    return found
+
+
+def _part_grace(app: Celery) -> float:
+    """Seconds for which Celery may hold the claim to a chord whose last part it has counted, and not said so."""
+    return max(5.0, 2 * float(app.conf.result_chord_join_timeout or 5.0)) + 2.0
 
 
 def _backend_of(app: Celery) -> ResultBackend:
@@ -223,7 +286,8 @@ class Shipping(threading.Thread):
         self._kept = settings.journal_days, settings.journal_mib << 20
         self._end = threading.Event()
         self._wait, self._refused = _PAUSE, False
-        self._server = ""
+        self._server = self._problem = ""
+        self._discard_at = 0.0
 
     def run(self) -> None:
         while not self._end.wait(self._wait):
@@ -240,8 +304,9 @@ class Shipping(threading.Thread):
         if not self._folder.is_dir():  # somebody has removed it; the next record makes it anew
             return
         try:
-            delivery = Delivery(_backend_of(self._app))
-            shipper = Shipper(self._folder, delivery, grace)
+            backend = _backend_of(self._app)
+            delivery = Delivery(backend)
+            shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), backend.store_name)
             with shipper.lock() as alone:
                 delivered = self._ship(shipper, delivery) if alone else 0
         except (redis_errors.RedisError, OSError, StoreError) as exc:
@@ -264,11 +329,19 @@ class Shipping(threading.Thread):
         forgotten = not is_new and not delivery.knows(folder)
         # The same run of a server that has forgotten everything: somebody wanted that.
         lost = forgotten and not (self._server and delivery.server() == self._server)
-        delivered = shipper.run(again=lost).delivered
+        found = shipper.run(again=lost)
         if is_new or forgotten:
             delivery.remember(folder)
         if forgotten or not self._server:
             self._server = delivery.server()
-        for path in shipper.discard(*self._kept):
-            logger.info("%s is removed: it is older than journals are kept here, or there is too much of them", path)
-        return delivered
+        if found.problem != self._problem:
+            self._problem = found.problem
+            if found.problem:
+                logger.error("mpworker_journal: %s; what is in there is not shipped", found.problem)
+        if time.monotonic() > self._discard_at:
+            self._discard_at = time.monotonic() + _DISCARD_EVERY
+            for path in shipper.discard(*self._kept):
+                logger.info(
+                    "%s is removed: it is older than journals are kept here, or there is too much of them", path
+                )
+        return found.delivered

@@ -10,15 +10,18 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from mpworker.monitor.views import duration
 from mpworker.monitor.views import print_rows as print_table
 from mpworker.results.query import ResultStore
-from mpworker.results.record import Record
+from mpworker.results.record import Record, timestamp_now
 
 #: Seconds between two looks of ``--follow``.
 _PAUSE = 0.5
+#: By how much a record may come after a newer one.
+_LATE = timedelta(seconds=60)
 #: What of a record is for nobody but Redis.
 _INNER = frozenset({"key", "payload", "expires", "shipped", "superseded", "chord", "response_data"})
 _MOST_TEXT = 60
@@ -38,20 +41,24 @@ def list_results(store: ResultStore, form: str, follow: bool, options: Mapping[s
     found = list(store.query(**{**options, "newest_first": True}))[::-1]
     print_rows([_row(record, form) for record in found], form, "no results")
     if follow:
-        known = {record.task_id: record.timestamp for record in found}
-        for record in _more(store, known, {**options, "limit": None}):
+        newest = max((record.timestamp for record in found), default=timestamp_now())
+        for record in _more(store, newest, {**options, "limit": None}):
             print_rows([_row(record, form)], form, "", header=False)
             sys.stdout.flush()
 
 
-def _more(store: ResultStore, known: dict[str, str], options: dict[str, Any]) -> Iterator[Record]:
-    """What is newer than what is known, as it comes."""
-    newest = max(known.values(), default="")
+def _more(store: ResultStore, newest: str, options: dict[str, Any]) -> Iterator[Record]:
+    """What is newer than what has been shown, as it comes: perhaps a little later than what is newer still."""
+
+    def latest() -> Iterator[Record]:
+        return store.query(**{**options, "since": datetime.fromisoformat(newest) - _LATE})
+
+    known = {record.task_id: record.timestamp for record in latest() if record.timestamp <= newest}
     while True:
-        fresh = options if not newest else {**options, "since": newest}
-        for record in store.query(**fresh):
+        for record in latest():
             if known.get(record.task_id, "") < record.timestamp:
-                known[record.task_id] = newest = record.timestamp
+                known[record.task_id] = record.timestamp
+                newest = max(newest, record.timestamp)
                 yield record
         time.sleep(_PAUSE)
 

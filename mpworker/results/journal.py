@@ -33,6 +33,8 @@ SUFFIX = ".jsonl"
 _DAY = 86400
 #: Seconds by which the disk may be behind where records are flushed in batches.
 BATCH = 0.1
+#: Seconds that the end of a node may wait for the disk.
+_LAST_FLUSH = 2.0
 #: Seconds between two looks whether the file was deleted or moved away.
 _LOOK_AGAIN = 1.0
 #: Bytes of a line that are compared before its digit is overwritten: they hold the task's id and state.
@@ -242,15 +244,14 @@ class Flusher(threading.Thread):
     def run(self) -> None:
         while not self._end.wait(BATCH):
             self.flush()
+        self.flush()
         self._close()
 
     def end(self) -> None:
-        """Ends the thread; what was appended before is on disk."""
+        """Ends the thread; what was appended before is on disk, unless that takes longer than a moment."""
         self._end.set()
         if self.ident is not None:
-            self.join()
-        self.flush()
-        self._close()
+            self.join(_LAST_FLUSH)
 
     def flush(self) -> bool:
         """Writes to disk what is not there yet. ``False``: nothing was new, or that was not possible."""

@@ -12,6 +12,7 @@ reader that meets half a line with a whole one glued to it (its writer was kille
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -71,6 +72,11 @@ def describe(exc: object) -> str:
     return f"{name}: {text}" if text else name
 
 
+def store_name(url: str) -> str:
+    """A short name of the result backend at a URL; no password can be told from it if none is in the URL."""
+    return hashlib.blake2b(url.encode(), digest_size=6).hexdigest()
+
+
 def _safe_repr(value: object) -> str:
     try:
         return repr(value)
@@ -113,6 +119,8 @@ class Record:
     retries: int = 0
     #: the Redis key; ``None`` when the record is not meant for Redis
     key: str | None = None
+    #: which result backend that is, as :func:`store_name` says it; lines of others do not mention it
+    store: str | None = None
     #: exactly what Redis stores under the key
     payload: str | bytes | None = None
     #: seconds that Redis keeps it, counted from :attr:`timestamp`; ``None``: for ever
@@ -146,6 +154,8 @@ class Record:
         else:
             after["payload"] = self.payload
         after["expires"] = self.expires
+        if self.store is not None:
+            after["store"] = self.store
         for name in ("dead", "chord"):
             if getattr(self, name):
                 after[name] = True

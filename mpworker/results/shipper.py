@@ -25,7 +25,7 @@ from typing import NamedTuple
 from mpworker.errors import StoreError
 from mpworker.results.journal import Journal, mark_at_offset
 from mpworker.results.reader import Entry, Tally, read_entries
-from mpworker.results.record import SHIPPED, SHIPPED_AT, Record
+from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe
 
 #: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
 Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
@@ -34,7 +34,7 @@ Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
 _MOST, _BULK = 500, 4 << 20
 #: Bytes of a file's first line that tell it from another; they hold a task's id and state.
 _HEAD = 160
-_CHECKPOINT, _LOCK = ".shipped.json", ".shipper.lock"
+_LOCK = ".shipper.lock"
 
 
 class Pass(NamedTuple):
@@ -43,10 +43,18 @@ class Pass(NamedTuple):
     Attributes:
         delivered: records that were not shipped and now are, or are needed no more.
         young: records that are perhaps being shipped by their writer.
+        others: records that are meant for another result backend.
+        problem: what is wrong with a file, in words; the other files are done all the same.
     """
 
     delivered: int
-    young: int
+    young: int = 0
+    others: int = 0
+    problem: str = ""
+
+
+class Refused(StoreError):
+    """What delivers has failed; its error is the cause."""
 
 
 class Shipper:
@@ -56,10 +64,21 @@ class Shipper:
         folder: of a node, of several, or of one that is dead.
         deliver: see :data:`Deliver`.
         grace: seconds for which a new record is left to its writer, who ships it as well.
+        part_grace: the same for parts of chords.
+        store: deliver only what is meant for that result backend, or says of none; ``None``: everything.
     """
 
-    def __init__(self, folder: Path, deliver: Deliver, grace: float = 0.0) -> None:
-        self.folder, self._deliver, self._grace = Path(folder), deliver, grace
+    def __init__(
+        self,
+        folder: Path,
+        deliver: Deliver,
+        grace: float = 0.0,
+        part_grace: float = 0.0,
+        store: str | None = None,
+    ) -> None:
+        self.folder, self._deliver, self._store = Path(folder), deliver, store
+        self._grace, self._part_grace = grace, part_grace
+        self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
         self._name = ""
 
@@ -104,70 +123,87 @@ class Shipper:
             again: also what had been shipped: Redis has lost it.
 
         Raises:
-            OSError: a journal file cannot be read.
-            Exception: whatever ``deliver`` raises; what it had not delivered is found again by the next run.
+            Refused: ``deliver`` has raised something; what it had not delivered is found again by the next run.
         """
-        delivered = young = 0
         self._settled = self._read_checkpoint()  # another shipper may have gone on meanwhile
-        before = dict(self._settled)
+        before, found = dict(self._settled), Pass(0)
         try:
             for path in Journal.files(self.folder):
                 try:
-                    done, left = self._run_file(path, again)
+                    found = _sum(found, self._run_file(path, again))
                 except FileNotFoundError:
                     continue  # rotated away meanwhile
-                delivered, young = delivered + done, young + left
+                except Refused:
+                    raise
+                except OSError as exc:
+                    found = found._replace(problem=f"cannot read {path}: {exc.strerror or exc}")
         finally:
             if self._settled != before:
                 self._write_checkpoint()
-        return Pass(delivered, young)
+        return found
 
-    def _run_file(self, path: Path, again: bool) -> tuple[int, int]:
+    def _run_file(self, path: Path, again: bool) -> Pass:
         with _in_place(path) as fd:
             identity, end = _identity(fd), os.fstat(fd).st_size
             known, start = self._settled.get(path.name, (identity, 0))
             if again or known != identity or start > end:  # another file, or cut off: from the beginning
                 start = 0
             if start == end:
-                return 0, 0
-            delivered = young = 0
+                return Pass(0)
+            delivered = young = others = bulk = 0
             tally = Tally(end=start)
             batch: list[Entry] = []
-            bulk = 0
             for entry in read_entries([path], tally, start, unshipped=not again):
-                if entry.record.superseded or (entry.record.shipped and (entry.record.chord or not again)):
+                record = entry.record
+                if record.superseded or (record.shipped and (record.chord or not again)):
                     continue
-                if not entry.record.shipped and self._is_young(entry.record):
+                if self._store is not None and record.store not in (None, self._store):
+                    others += not record.shipped
+                    continue
+                if not record.shipped and self._is_young(record):
                     young += 1
                     if young == 1:
-                        self._settle(path, identity, batch[0].offset if batch else entry.offset)
+                        self._settled[path.name] = identity, batch[0].offset if batch else entry.offset
                     continue
                 batch.append(entry)
-                bulk += len(entry.record.payload or b"")
+                bulk += tally.end - entry.offset
                 if len(batch) >= _MOST or bulk >= _BULK:
                     delivered += self._ship(fd, batch)
                     batch, bulk = [], 0
                     if not young:
-                        self._settle(path, identity, tally.end)
+                        self._settled[path.name] = identity, tally.end
             delivered += self._ship(fd, batch)
             if not young:
-                self._settle(path, identity, tally.end)
-            return delivered, young
+                self._settled[path.name] = identity, tally.end
+            return Pass(delivered, young, others)
 
     def _is_young(self, record: Record) -> bool:
-        return self._grace > 0 and 0 <= time.time() - record.when < self._grace
+        grace = self._part_grace if record.chord else self._grace
+        return grace > 0 and 0 <= time.time() - record.when < grace
 
     def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
-        last = {(entry.record.task_id, entry.record.chord): entry for entry in batch}
+        """Delivers a batch: of each task the last record, or its SUCCESS, which nothing may follow."""
+        last: dict[tuple[str, bool], Entry] = {}
+        needless = set()
+        for entry in batch:
+            task = entry.record.task_id, entry.record.chord
+            if task in last and last[task].record.status == "SUCCESS":
+                needless.add(entry.offset)
+            else:
+                last[task] = entry
         due = [entry for entry in batch if last[entry.record.task_id, entry.record.chord] is entry]
         due = [entry for entry in due if not _needless(entry.record)]
-        digits = dict(zip((entry.offset for entry in due), self._deliver([e.record for e in due]), strict=True))
+        try:
+            digits = dict(zip((entry.offset for entry in due), self._deliver([e.record for e in due]), strict=True))
+        except Exception as exc:
+            raise Refused(describe(exc)) from exc
         for entry in batch:
-            mark_at_offset(fd, entry.offset, digits.get(entry.offset, SHIPPED))
+            digit = SUPERSEDED if entry.offset in needless else digits.get(entry.offset, SHIPPED)
+            mark_at_offset(fd, entry.offset, digit)
         return len(batch)
 
     def discard(self, days: int, most: int, today: date | None = None) -> list[Path]:
-        """Removes old files of which all is settled, never one of today. The caller holds the lock.
+        """Removes old files in which nothing is unshipped, never one of today. The caller holds the lock.
 
         Args:
             days: for which they are kept; 0: for ever.
@@ -180,9 +216,7 @@ class Shipper:
             is_old = bool(days) and day is not None and (today - day).days > days
             if day is None or day >= today or not (is_old or (most and total > most)):
                 continue
-            with _in_place(path) as fd:
-                settled = self._settled.get(path.name) == (_identity(fd), os.fstat(fd).st_size)
-            if settled:
+            if all(entry.record.shipped for entry in read_entries([path], unshipped=True)):
                 path.unlink()
                 total -= size
                 gone.append(path)
@@ -190,12 +224,9 @@ class Shipper:
 
     # -- how far all is settled ----------------------------------------------------------------------------------
 
-    def _settle(self, path: Path, identity: str, end: int) -> None:
-        self._settled[path.name] = identity, end
-
     def _read_checkpoint(self) -> dict[str, tuple[str, int]]:
         try:
-            found = json.loads((self.folder / _CHECKPOINT).read_bytes())
+            found = json.loads(self._checkpoint.read_bytes())
             self._name = str(found.get("name", ""))
             return {str(name): (str(known), int(end)) for name, (known, end) in found["files"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -205,13 +236,19 @@ class Shipper:
     def _write_checkpoint(self) -> None:
         names = {path.name for path in Journal.files(self.folder)}
         files = {name: place for name, place in self._settled.items() if name in names}
-        path = self.folder / _CHECKPOINT
+        path = self._checkpoint
         fresh = path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):  # a full disk, a folder to read only: the next run looks at more than needed
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(fd, "w") as file:
                 json.dump({"name": self._name, "files": files}, file)
             fresh.replace(path)
+
+
+def _sum(one: Pass, two: Pass) -> Pass:
+    return Pass(
+        one.delivered + two.delivered, one.young + two.young, one.others + two.others, one.problem or two.problem
+    )
 
 
 def _day_of(path: Path) -> date | None:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from celery import Celery, signals
@@ -24,6 +25,7 @@ from mpworker.celery.shipping import Delivery
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
+from mpworker.results.shipper import Pass
 from mpworker.settings import Settings
 
 CLASS = "mpworker.celery.backend:ResultBackend"
@@ -58,6 +60,17 @@ def app(server: Server) -> Iterator[Celery]:
 def deliver(app: Celery, request: pytest.FixtureRequest) -> Delivery:
     assert isinstance(app.backend, ResultBackend)
     app.backend.scripted = request.param
+    return Delivery(app.backend)
+
+
+def limited(server: Server, app: Celery, *rules: str) -> Delivery:
+    """As a user of Redis who may not do everything."""
+    client = server.client()
+    client.acl_setuser(
+        "few", enabled=True, reset=True, passwords=["+x"], keys=["*"], channels=["*"], categories=["+@all"]
+    )
+    client.execute_command("ACL", "SETUSER", "few", *rules)
+    app.backend.connparams.update(username="few", password="x")
     return Delivery(app.backend)
 
 
@@ -124,9 +137,9 @@ def test_delivered_twice_is_delivered_once(server: Server, deliver: Delivery) ->
     assert held(server) == "FAILURE"
 
 
-def test_a_key_of_another_kind_is_in_nobodys_way(server: Server, app: Celery) -> None:
+def test_a_key_of_another_kind_is_in_nobodys_way(server: Server, deliver: Delivery) -> None:
     server.client().rpush("celery-task-meta-t", "a list")
-    assert Delivery(app.backend)([record("SUCCESS"), record("SUCCESS", key="other")]) == [SUPERSEDED, SHIPPED]
+    assert deliver([record("SUCCESS"), record("SUCCESS", key="other")]) == [SUPERSEDED, SHIPPED]
     assert server.client().exists("other")
 
 
@@ -135,6 +148,33 @@ def test_what_nobody_can_read_is_replaced(server: Server, deliver: Delivery, gar
     server.client().set("celery-task-meta-t", garbage)
     assert deliver([record("SUCCESS")]) == [SHIPPED]
     assert held(server) == "SUCCESS"
+
+
+def test_a_server_that_refuses_scripts(server: Server, app: Celery) -> None:
+    deliver = limited(server, app, "-eval", "-evalsha", "-script")
+    assert deliver([record("SUCCESS")]) == [SHIPPED]
+    assert held(server) == "SUCCESS"
+    assert not app.backend.scripted
+
+
+def test_a_user_who_may_use_the_keys_of_results_only(server: Server, app: Celery) -> None:
+    deliver = limited(server, app, "resetkeys", "~celery-*")
+    assert not deliver.knows("f")
+    deliver.remember("f")
+    assert deliver.knows("f")
+    deliver = limited(server, app, "resetkeys", "~other-*")
+    deliver.remember("f")
+    assert deliver.knows("f")
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/St_Johns"])
+def test_times_of_any_zone_are_compared(server: Server, deliver: Delivery, zone: str) -> None:
+    for minutes, then in ((-5, "REVOKED"), (5, "FAILURE")):
+        done = (datetime.now(ZoneInfo(zone)) + timedelta(minutes=minutes)).isoformat()
+        there = {"status": "FAILURE", "result": None, "date_done": done, "task_id": "t"}
+        server.client().set("celery-task-meta-t", json.dumps(there))
+        assert deliver([record("REVOKED")]) == [SHIPPED]
+        assert held(server) == then
 
 
 # -- a node's shipper --------------------------------------------------------------------------------------------------
@@ -190,7 +230,7 @@ def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Pat
         signals.worker_ready.send(sender=Sender(app))
         try:
             leave(tmp_path)
-            eventually(lambda: held(server) == "SUCCESS" and server.client().keys("mpworker-journal-*"))
+            eventually(lambda: held(server) == "SUCCESS" and server.client().keys("*mpworker-journal-*"))
             server.kill()
             server.forget()
             server.start()
@@ -202,9 +242,9 @@ def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Pat
 
 def test_a_redis_that_somebody_has_flushed_stays_flushed(server: Server, folder: Path) -> None:
     leave(folder)
-    eventually(lambda: held(server) == "SUCCESS" and server.client().keys("mpworker-journal-*"))
+    eventually(lambda: held(server) == "SUCCESS" and server.client().keys("*mpworker-journal-*"))
     server.client().flushdb()
-    eventually(lambda: server.client().keys("mpworker-journal-*"), what="the next look")
+    eventually(lambda: server.client().keys("*mpworker-journal-*"), what="the next look")
     assert held(server) is None
 
 
@@ -235,11 +275,11 @@ def test_by_hand(server: Server, app: Celery, tmp_path: Path) -> None:
             shipping.ship(app, folder)
     finally:
         server.client().config_set("maxmemory", 0)
-    assert shipping.ship(app, folder) == 1
-    assert shipping.ship(app, folder) == 0
+    assert shipping.ship(app, folder) == Pass(1)
+    assert shipping.ship(app, folder) == Pass(0)
     assert held(server) == "SUCCESS"
     server.client().flushdb()
-    assert shipping.ship(app, folder, again=True) == 1
+    assert shipping.ship(app, folder, again=True) == Pass(1)
     assert held(server) == "SUCCESS"
     plain = Celery("plain", backend="cache+memory://", set_as_current=False)
     with pytest.raises(ConfigurationError, match="keeps a journal"):

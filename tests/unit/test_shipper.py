@@ -15,7 +15,7 @@ from mpworker.results import shipper as module
 from mpworker.results.journal import Journal
 from mpworker.results.reader import read_entries
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, timestamp_now
-from mpworker.results.shipper import Pass, Shipper
+from mpworker.results.shipper import Pass, Refused, Shipper
 
 
 class Redis:
@@ -72,6 +72,46 @@ def test_of_a_task_only_the_last_is_delivered_and_all_are_marked(tmp_path: Path)
     assert digits(tmp_path) == [1] * 5
 
 
+@pytest.mark.parametrize("after", ["STARTED", "FAILURE", "REVOKED", "SUCCESS"])
+def test_nothing_follows_a_success(tmp_path: Path, after: str) -> None:
+    redis = Redis()
+    for status in ("STARTED", "SUCCESS", after):
+        put(tmp_path, "a", status)
+    ship(tmp_path, redis)
+    assert redis.got == [("a", "SUCCESS")]
+    assert digits(tmp_path) == [1, 1, 2]
+
+
+def test_what_is_meant_for_another_backend_is_left_to_others(tmp_path: Path) -> None:
+    ours, theirs = Redis(), Redis()
+    for name, store in (("a", "ours"), ("b", "theirs"), ("c", None), ("d", "ours")):
+        put(tmp_path, name, store=store)
+    assert Shipper(tmp_path, ours, store="ours").run() == Pass(3, 0, 1)
+    assert Shipper(tmp_path, ours, store="ours").run() == Pass(0)
+    assert digits(tmp_path) == [1, 0, 1, 1]
+    assert Shipper(tmp_path, theirs, store="theirs").run() == Pass(1)
+    assert [name for name, _ in theirs.got] == ["b"]
+    put(tmp_path, "e", store="theirs")
+    assert Shipper(tmp_path, ours).run() == Pass(1)  # of anybody
+
+
+def test_a_file_that_cannot_be_read_is_in_nobodys_way(tmp_path: Path) -> None:
+    redis = Redis()
+    (tmp_path / "backup-2020-01-01.jsonl").mkdir()
+    put(tmp_path, "a")
+    found = Shipper(tmp_path, redis).run()
+    assert found.delivered == 1
+    assert "backup-2020-01-01.jsonl: Is a directory" in found.problem
+
+
+def test_parts_of_chords_have_a_grace_of_their_own(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a", timestamp=timestamp_now())
+    put(tmp_path, "a", timestamp=timestamp_now(), chord=True, key=None)
+    assert Shipper(tmp_path, redis, part_grace=60.0).run() == Pass(1, 1)
+    assert Shipper(tmp_path, redis).run() == Pass(1)
+
+
 def test_what_redis_holds_already_counts_for_nothing(tmp_path: Path) -> None:
     redis = Redis()
     redis.digit = SUPERSEDED
@@ -91,7 +131,7 @@ def test_a_refusal_keeps_everything_and_the_next_run_goes_on(tmp_path: Path, mon
         redis.refuses = len(redis.got) >= 2
         return taken(records)
 
-    with pytest.raises(ConnectionError):
+    with pytest.raises(Refused, match="ConnectionError: no"):
         Shipper(tmp_path, until_two).run()
     assert digits(tmp_path) == [1, 1, 0, 0, 0]
     redis.refuses = False
@@ -239,6 +279,9 @@ def test_only_old_files_of_which_all_is_settled_are_removed(tmp_path: Path) -> N
     assert shipper.discard(7, 0, TODAY) == []  # not all of it
     shipper.run()
     assert shipper.discard(0, 0, TODAY) == []
+    with old.open("ab") as file:
+        file.write(b'{"v": 1, "shipped": 0, "task')  # its writer was killed
+    shipper.run()
     assert shipper.discard(7, 0, TODAY) == [old]
     assert Journal.files(tmp_path) == [young]
     assert shipper.run() == Pass(0, 0)
