@@ -57,6 +57,17 @@ TARGETS = {
 }
 
 
+#: Where a target is missed for a reason that is known.
+_WHY = {
+    "start, s": "`auto` loads the application once more, in the template, before the node says that it is ready; with "
+    '`mpworker_start_method = "fork"` it does not.',
+    "node, MB": "That template does not share its pages with MainProcess, and the dispatcher is a process of its own; "
+    "each further worker then costs less than one of prefork's, and `fork` shares everything.",
+    "10 ms, of the ideal": "MainProcess, by the transport's round trips, is the bound here, for prefork as well.",
+    "50 late acks, s": "The same.",
+}
+
+
 class Node:
     """A ``celery worker`` process and its children."""
 
@@ -223,7 +234,8 @@ def report(figures: dict[str, dict[str, list[float]]], rounds: int, command: str
             limit = f"{'at most' if target.at_most else 'at least'} {target.factor:g}"
             wanted = f"{limit}: {'met' if met else '**not met**'}"
             if not met:
-                missed.append(f"- {name}: {measured:.2f} instead of {target.factor:g}.")
+                why = f" {_WHY[name]}" if name in _WHY else ""
+                missed.append(f"- {name}: {measured:.2f} instead of {target.factor:g}.{why}")
         lines.append(f"| {name} ({target.title}) | {_shown(ours)} | {_shown(theirs)} | {ratio:.2f} | {wanted} |")
     return "\n".join([*lines, "", "## What falls short", "", *(missed or ["Nothing."])]) + "\n"
 
