@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +70,7 @@ def demo(context: click.Context, folder: Path | None, workers: int | None, data_
 _since = click.option("--since", metavar="WHEN", help="30m, 2h, 1d ago, or ISO 8601.")
 _until = click.option("--until", metavar="WHEN", help="The same.")
 _path = click.option("--path", type=click.Path(path_type=Path), help="A journal folder or file; default: this node's.")
+_cluster = click.option("--cluster", is_flag=True, help="Of all nodes: what Redis remembers of what has ended.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object per line, as in a pipe.")
 
 
@@ -82,6 +85,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--dead", is_flag=True, help="Messages that killed too many workers, instead; see requeue.")
 @_path
+@_cluster
 @_as_json
 @click.option("--csv", "as_csv", is_flag=True, help="With a line of names.")
 @click.pass_context
@@ -97,11 +101,9 @@ def results(context: click.Context, /, dead: bool, as_json: bool, as_csv: bool, 
         return
     from mpworker.monitor.listing import list_results
 
-    follow, path = options.pop("follow"), options.pop("path")
-    try:
-        list_results(_store(context, path), form, follow, options)
-    except ValueError as exc:
-        raise WrongOption(str(exc)) from None
+    follow = options.pop("follow")
+    with _store(context, options.pop("path"), options.pop("cluster"), follow) as store:
+        list_results(store, form, follow, options)
 
 
 def _list_dead(context: click.Context, form: str) -> None:
@@ -122,32 +124,49 @@ def _list_dead(context: click.Context, form: str) -> None:
 @_since
 @_until
 @_path
+@_cluster
 @_as_json
 @click.pass_context
 def stats(
-    context: click.Context, by: str | None, since: str | None, until: str | None, path: Path | None, as_json: bool
+    context: click.Context,
+    by: str | None,
+    since: str | None,
+    until: str | None,
+    path: Path | None,
+    cluster: bool,
+    as_json: bool,
 ) -> None:
     """Count what has become of tasks, each by its latest record."""
     from mpworker.monitor.listing import print_statistics
 
-    try:
-        print_statistics(_store(context, path), by, since, until, as_json or not sys.stdout.isatty())
-    except ValueError as exc:
-        raise WrongOption(str(exc)) from None
+    with _store(context, path, cluster) as store:
+        print_statistics(store, by, since, until, as_json or not sys.stdout.isatty())
 
 
-def _store(context: click.Context, path: Path | None) -> ResultStore:
+@contextmanager
+def _store(context: click.Context, path: Path | None, cluster: bool, follow: bool = False) -> Iterator[ResultStore]:
+    """What is asked: a journal, or what Redis remembers. What is wrong with the question is one line."""
     from mpworker.celery.app import settings_of
     from mpworker.results.query import ResultStore
 
-    if path is None:
-        try:
-            path = settings_of(_app(context)).journal_dir
-        except ConfigurationError as exc:
-            raise WrongOption(str(exc)) from None
-    elif not path.exists():
-        raise WrongOption(f"--path: there is no {path}")
-    return ResultStore(path)
+    try:
+        if cluster:
+            if path is not None:
+                raise WrongOption("--path and --cluster exclude each other")
+            from mpworker.celery.history import history_of
+
+            with history_of(_app(context), follow=follow) as copy:
+                yield ResultStore(copy)
+        elif path is None:
+            yield ResultStore(settings_of(_app(context)).journal_dir)
+        elif path.exists():
+            yield ResultStore(path)
+        else:
+            raise WrongOption(f"--path: there is no {path}")
+    except (ConfigurationError, ValueError) as exc:
+        raise WrongOption(str(exc)) from None
+    except MPWorkerError as exc:
+        raise click.ClickException(str(exc)) from None
 
 
 @results.command()

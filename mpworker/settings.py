@@ -148,6 +148,8 @@ class Settings:
     journal_days: int = _setting(_count_or_off, 30)
     #: MiB that the journal may take, from where on its oldest files go under the same condition; 0: any number
     journal_mib: int = _setting(_count_or_off, 0)
+    #: how many ended tasks all nodes together remember in Redis, for ``--cluster``; 0: none
+    history: int = _setting(_count_or_off, 10_000)
     #: how worker processes start
     start_method: str = _setting(_one_of(START_METHODS), "auto")
     #: seconds that one ``callback`` or ``error_callback`` may run

@@ -38,6 +38,8 @@ logger = get_logger(__name__)
 REDIS_TIMEOUT = 3.0
 #: After a failure slower than this (seconds), Redis is left alone for a multiple of the time lost, up to a maximum.
 _SLOW, _PAUSE_FACTOR, _PAUSE_MAX = 0.5, 5.0, 15.0
+#: The same after a success that took so many seconds.
+_TOO_SLOW = 0.9
 #: Seconds between two warnings of one kind from one process.
 _WARN_EVERY = 10.0
 
@@ -54,9 +56,17 @@ _SCHEMES = {
 
 #: A word on progress that is newer than ours by more than this (seconds) is due to a clock, and replaced.
 _SKEW = 10.0
+#: How a script ends that has stored something. KEYS[2]: the history. ARGV[5]: a summary or nothing; ARGV[6]: how many.
+NOTE_IN_HISTORY = """
+if ARGV[5] ~= '' then
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'r', ARGV[5])
+end
+return 1
+"""
 #: KEYS: the task's key. ARGV: payload, seconds to live (0: for ever); with the state PROGRESS also: its time, _SKEW.
 #: Returns 1: stored; 0: there was what may not be replaced; -1: what is there is no JSON, nothing done.
-_STORE = """
+_STORE = (
+    """
 local old = redis.call('GET', KEYS[1])
 if old and old ~= ARGV[1] then
     local readable, meta = pcall(cjson.decode, old)
@@ -67,7 +77,7 @@ if old and old ~= ARGV[1] then
     if status == 'SUCCESS' then
         return 0
     end
-    if ARGV[3] then
+    if ARGV[3] ~= '' then
         local newer = (tonumber(meta['told']) or 0) - tonumber(ARGV[3])
         if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(ARGV[4])) then
             return 0
@@ -80,8 +90,9 @@ else
     redis.call('SET', KEYS[1], ARGV[1])
 end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-return 1
 """
+    + NOTE_IN_HISTORY
+)
 
 _node_journal: Journal | None = None
 
@@ -171,6 +182,21 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         self._unshipped = 0
         #: one script decides; False where payloads are no JSON or the server refuses scripts
         self.scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
+
+    @cached_property
+    def history_key(self) -> bytes:
+        """Of the stream in which all nodes note what has ended, named as results are: others may be forbidden."""
+        key: bytes = self.get_key_for_task("mpworker-history")
+        return key
+
+    @cached_property
+    def _history(self) -> int:
+        return settings_of(self.app).history
+
+    def summary_of(self, record: Record) -> tuple[bytes, int]:
+        """The last arguments of a script that stores: what the history notes of a record, and how many it holds."""
+        is_end = record.status in states.READY_STATES and self._history > 0
+        return (record.summary() if is_end else b""), self._history
 
     @cached_property
     def store_name(self) -> str:
@@ -314,7 +340,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             )
             return
         journal.mark(place, digit)
-        if self._unshipped:
+        took = time.monotonic() - begun
+        if took > _TOO_SLOW and journal is _node_journal:  # from here on the shipper brings it, many at once
+            self._left_alone_until = begun + took + min(took * _PAUSE_FACTOR, _PAUSE_MAX)
+            self._redis_warnings.warn("Redis took %.1f s for a result; others wait in the journal for a while", took)
+        elif self._unshipped:
             logger.info("Redis takes results again; %d of this process were left to the journal", self._unshipped)
             self._unshipped = 0
 
@@ -334,9 +364,9 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             told: for progress, when that was: no other end may be there either, nor anything newer.
         """
         if self.scripted:
-            args = [record.payload, record.expires or 0, *([] if told is None else [told, _SKEW])]
+            args = [record.payload, record.expires or 0, "" if told is None else told, _SKEW, *self.summary_of(record)]
             try:
-                reply = self._store_script(keys=[record.key], args=args)
+                reply = self._store_script(keys=[record.key, self.history_key], args=args)
             except redis_errors.ResponseError as exc:
                 if not refuses_scripts(exc):
                     raise

@@ -23,7 +23,7 @@ from typing import Any
 from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
-from mpworker.celery.backend import ResultBackend, refuses_scripts
+from mpworker.celery.backend import NOTE_IN_HISTORY, ResultBackend, refuses_scripts
 from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Flusher
@@ -47,7 +47,8 @@ _DISCARD_EVERY = 3600.0
 
 #: KEYS: the task's key. ARGV: payload, milliseconds to live (0: for ever), the record's time, its state.
 #: Returns 1: stored; 0: a SUCCESS was there; 2: a newer end was there; -1: what is there is no JSON, nothing done.
-_DELIVER = """
+_DELIVER = (
+    """
 local function seconds(text)
     local y, m, d, h, min, s, sign, oh, om =
         string.match(text, '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)([+-])(%d+):(%d+)$')
@@ -90,8 +91,9 @@ else
     redis.call('SET', KEYS[1], ARGV[1])
 end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-return 1
 """
+    + NOTE_IN_HISTORY
+)
 _DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
 
 
@@ -128,8 +130,9 @@ class Delivery:
     def _by_script(self, records: Sequence[Record]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipe:
             for record in records:
-                args = [record.payload, _to_live(record), record.timestamp, record.status]
-                self._script(keys=[record.key], args=args, client=pipe)
+                summary = self._backend.summary_of(record)
+                args = [record.payload, _to_live(record), record.timestamp, record.status, *summary]
+                self._script(keys=[record.key, self._backend.history_key], args=args, client=pipe)
             return list(pipe.execute(raise_on_error=False))
 
     @staticmethod
@@ -228,7 +231,7 @@ def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False
     """
     if not folder.is_dir():
         raise ConfigurationError(f"there is no journal folder {folder}")
-    backend = _backend_of(app)
+    backend = backend_of(app)
     part_grace = _part_grace(app)
     shipper = Shipper(folder, Delivery(backend), 0.0, part_grace, None if any_store else backend.store_name)
     with shipper.lock() as alone:
@@ -248,7 +251,7 @@ def _part_grace(app: Celery) -> float:
     return max(5.0, 2 * float(app.conf.result_chord_join_timeout or 5.0)) + 2.0
 
 
-def _backend_of(app: Celery) -> ResultBackend:
+def backend_of(app: Celery) -> ResultBackend:
     backend = app.backend
     if not isinstance(backend, ResultBackend):
         raise ConfigurationError("the result backend is none that keeps a journal: use mpworker+redis://host:6379/0")
@@ -304,7 +307,7 @@ class Shipping(threading.Thread):
         if not self._folder.is_dir():  # somebody has removed it; the next record makes it anew
             return
         try:
-            backend = _backend_of(self._app)
+            backend = backend_of(self._app)
             delivery = Delivery(backend)
             shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), backend.store_name)
             with shipper.lock() as alone:

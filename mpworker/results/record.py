@@ -20,7 +20,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,6 +34,9 @@ OPENING_LINE = _HEAD.encode()
 SHIPPED_AT = len(_HEAD)
 #: The digit: Redis has not got it; Redis has it; Redis held a SUCCESS already, which nothing may overwrite.
 UNSHIPPED, SHIPPED, SUPERSEDED = b"0", b"1", b"2"
+
+#: Characters of a message in a summary.
+_SUMMARY = 200
 
 _ALIASES = {
     "SUCCESS": "complete completed done finished ok succeed succeeded successful",
@@ -163,6 +166,12 @@ class Record:
             after["log"] = self.log
         body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
         return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
+
+    def summary(self) -> bytes:
+        """A short line for those who only list and count."""
+        message = self.message[:_SUMMARY]
+        short = replace(self, message=message, result=None, traceback=None, payload=None, log=None, shipped=True)
+        return short.to_line()
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:

@@ -140,7 +140,7 @@ def test_one_round_trip_stores_publishes_and_sets_the_time_to_live(server: Serve
     assert listener.get_message(timeout=10)["data"] == client.get("celery-task-meta-a") == lines(folder)["a"].payload
     assert 0 < client.ttl("celery-task-meta-a") <= 60
     asked = {name for name in client.info("commandstats") if name not in ("cmdstat_get", "cmdstat_ttl", "cmdstat_info")}
-    assert asked <= {"cmdstat_evalsha", "cmdstat_set", "cmdstat_publish", "cmdstat_config|resetstat"}
+    assert asked <= {"cmdstat_evalsha", "cmdstat_set", "cmdstat_publish", "cmdstat_xadd", "cmdstat_config|resetstat"}
     listener.close()
 
 
@@ -296,6 +296,24 @@ def test_what_is_no_json_in_redis_is_read_in_python(server: Server, folder: Path
     backend = backend_of(server)
     backend.store_result("a", None, "STARTED")
     assert backend.get_result("a") == 1
+
+
+def test_a_redis_that_is_slow_is_left_to_the_shipper_for_a_while(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = backend_of(server)
+    backend.store_result("quick", 1, "SUCCESS")
+    monkeypatch.setattr(module, "_TOO_SLOW", 0.0)
+    backend.store_result("slow", 1, "SUCCESS")
+    backend.store_result("spared", 1, "SUCCESS")
+    assert {name: record.shipped for name, record in lines(folder).items()} == {
+        "quick": True,
+        "slow": True,
+        "spared": False,
+    }
+    backend._left_alone_until = 0.0
+    backend.store_result("later", 1, "SUCCESS")
+    assert lines(folder)["later"].shipped
 
 
 @pytest.mark.parametrize("prefix", [None, "proj"])

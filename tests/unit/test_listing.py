@@ -143,6 +143,7 @@ def test_statistics_on_a_terminal(
         (("results", "--since", "yesterday"), "since must be"),
         (("stats", "--until", "soon"), "until must be"),
         (("results", "--json", "--csv"), "exclude each other"),
+        (("results", "--cluster", "--path", "/tmp"), "exclude each other"),
         (("results", "ship", "--path", "/nowhere/at/all"), "there is no journal folder /nowhere/at/all"),
         (("stats", "--by", "colour"), "colour"),
     ],
