@@ -185,18 +185,27 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
 
     @cached_property
     def history_key(self) -> bytes:
-        """Of the stream in which all nodes note what has ended, named as results are: others may be forbidden."""
-        key: bytes = self.get_key_for_task("mpworker-history")
+        """Of the stream in which all nodes note what has ended, named as groups are: others may be forbidden."""
+        key: bytes = self.get_key_for_group("mpworker-history")
         return key
 
     @cached_property
     def _history(self) -> int:
         return settings_of(self.app).history
 
-    def summary_of(self, record: Record) -> tuple[bytes, int]:
-        """The last arguments of a script that stores: what the history notes of a record, and how many it holds."""
+    def noted(self, record: Record) -> tuple[list[Any], tuple[bytes, int]]:
+        """The keys and the last two arguments of a script that stores a record, and notes in the history what ends."""
+        keys = [record.key, self.history_key] if self._history else [record.key]
         is_end = record.status in states.READY_STATES and self._history > 0
-        return (record.summary() if is_end else b""), self._history
+        return keys, (record.summary() if is_end else b"", self._history)
+
+    def give_up_history(self, exc: Exception) -> bool:
+        """After a refusal that may be due to it; ``False`` if there was none."""
+        if not self._history:
+            return False
+        logger.warning("Redis keeps no history of results for --cluster: %s", describe(exc))
+        self._history = 0
+        return True
 
     @cached_property
     def store_name(self) -> str:
@@ -364,9 +373,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             told: for progress, when that was: no other end may be there either, nor anything newer.
         """
         if self.scripted:
-            args = [record.payload, record.expires or 0, "" if told is None else told, _SKEW, *self.summary_of(record)]
             try:
-                reply = self._store_script(keys=[record.key, self.history_key], args=args)
+                reply = self._put_by_script(record, told)
             except redis_errors.ResponseError as exc:
                 if not refuses_scripts(exc):
                     raise
@@ -376,6 +384,16 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
                 if reply >= 0:
                     return SHIPPED if reply else SUPERSEDED
         return self._put_plainly(record, told)
+
+    def _put_by_script(self, record: Record, told: float | None) -> int:
+        keys, noted = self.noted(record)
+        try:
+            args = [record.payload, record.expires or 0, "" if told is None else told, _SKEW, *noted]
+            return int(self._store_script(keys=keys, args=args))
+        except redis_errors.NoPermissionError as exc:
+            if not self.give_up_history(exc):
+                raise
+            return self._put_by_script(record, told)
 
     def _put_plainly(self, record: Record, told: float | None) -> bytes:
         current = self.quick_client.get(record.key)

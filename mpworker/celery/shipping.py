@@ -130,10 +130,12 @@ class Delivery:
     def _by_script(self, records: Sequence[Record]) -> list[Any]:
         with self._client.pipeline(transaction=False) as pipe:
             for record in records:
-                summary = self._backend.summary_of(record)
-                args = [record.payload, _to_live(record), record.timestamp, record.status, *summary]
-                self._script(keys=[record.key, self._backend.history_key], args=args, client=pipe)
-            return list(pipe.execute(raise_on_error=False))
+                keys, noted = self._backend.noted(record)
+                args = [record.payload, _to_live(record), record.timestamp, record.status, *noted]
+                self._script(keys=keys, args=args, client=pipe)
+            replies = list(pipe.execute(raise_on_error=False))
+        refused = next((reply for reply in replies if isinstance(reply, redis_errors.NoPermissionError)), None)
+        return self._by_script(records) if refused and self._backend.give_up_history(refused) else replies
 
     @staticmethod
     def _own(do: Callable[..., bytes], record: Record, *args: Any) -> bytes:
@@ -193,8 +195,8 @@ class Delivery:
                 self._client.set(self._mark(folder), 1)
 
     def _mark(self, folder: str) -> Any:
-        """A key that is there for as long as Redis forgets nothing, named as results are: others may be forbidden."""
-        return self._backend.get_key_for_task(f"mpworker-journal-{folder}")
+        """A key that is there for as long as Redis forgets nothing, named as groups are: others may be forbidden."""
+        return self._backend.get_key_for_group(f"mpworker-journal-{folder}")
 
     def server(self) -> str:
         """Which run of which server this is; empty where it does not say."""

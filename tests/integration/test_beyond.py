@@ -140,7 +140,7 @@ def test_progress_is_a_state_and_an_event(shop, events, name):
     types = [event["type"] for event in of(events, result)]
     assert types[:2] == ["task-received", "task-started"]
     assert types[2:] == ["task-progress"] * len(told) + ["task-succeeded"]
-    written = "".join(path.read_text() for path in node.journal.iterdir())
+    written = "".join(path.read_text() for path in node.journal.glob("*.jsonl"))
     assert [line["status"] for line in map(json.loads, written.splitlines()) if line["task_id"] == result.id] == [
         "SUCCESS"
     ]

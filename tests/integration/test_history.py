@@ -21,6 +21,7 @@ from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Journal
 from mpworker.results.query import ResultStore
 from mpworker.results.record import Record, timestamp_now
+from mpworker.results.shipper import Pass
 from mpworker.settings import Settings
 
 CLASS = "mpworker.celery.backend:ResultBackend"
@@ -83,11 +84,25 @@ def test_it_is_bounded_or_off(server: Server, tmp_path: Path) -> None:
     app = app_of(server, mpworker_history=100)
     for number in range(500):
         put(app, tmp_path, "n", str(number))
-    assert 100 <= server.client().xlen("celery-task-meta-mpworker-history") < 300  # Redis cuts whole pieces
+    assert 100 <= server.client().xlen("celery-taskset-meta-mpworker-history") < 300  # Redis cuts whole pieces
     app = app_of(server, mpworker_history=0)
     server.client().flushdb()
     put(app, tmp_path, "n", "a")
     assert found(app) == {}
+
+
+def test_a_user_who_may_not_use_it_stores_results_all_the_same(server: Server, tmp_path: Path) -> None:
+    app = app_of(server)
+    rules = ("on", ">x", "+@all", "allchannels", "~celery-task-meta-*", "~mpworker-*")
+    server.client().execute_command("ACL", "SETUSER", "few", *rules)
+    app.backend.connparams.update(username="few", password="x")
+    late = Record(task_id="b", status="SUCCESS", key="celery-task-meta-b", payload="{}", timestamp=timestamp_now())
+    Journal(tmp_path, "n").append(late)
+    assert ship(app, tmp_path) == Pass(1)
+    put(app, tmp_path, "n", "a")
+    assert app.backend.scripted
+    assert server.client().exists("celery-task-meta-a", "celery-task-meta-b") == 2
+    assert not server.client().keys("*history*")
 
 
 def test_who_asks_in_vain_is_told_why(server: Server) -> None:
