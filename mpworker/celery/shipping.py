@@ -292,6 +292,7 @@ class Shipping(threading.Thread):
         self._end = threading.Event()
         self._wait, self._refused = _PAUSE, False
         self._server = self._problem = ""
+        self._delivery: Delivery | None = None
         self._discard_at = 0.0
 
     def run(self) -> None:
@@ -310,7 +311,7 @@ class Shipping(threading.Thread):
             return
         try:
             backend = backend_of(self._app)
-            delivery = Delivery(backend)
+            delivery = self._delivery = self._delivery or Delivery(backend)
             shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), backend.store_name)
             with shipper.lock() as alone:
                 delivered = self._ship(shipper, delivery) if alone else 0

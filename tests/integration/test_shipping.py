@@ -211,6 +211,17 @@ def test_a_running_node_brings_what_was_left(server: Server, folder: Path) -> No
     eventually(lambda: held(server) == "SUCCESS" and shipped(folder) == [1])
 
 
+def test_looking_costs_no_new_connections(server: Server, folder: Path) -> None:
+    def looks() -> int:
+        return int(server.client().info("commandstats").get("cmdstat_exists", {}).get("calls", 0))
+
+    eventually(lambda: looks() > 0)
+    before, connections = looks(), server.client().info("stats")["total_connections_received"]
+    client = server.client()
+    eventually(lambda: int(client.info("commandstats")["cmdstat_exists"]["calls"]) >= before + 2)
+    assert client.info("stats")["total_connections_received"] - connections <= 2  # ours: of looks() and of this
+
+
 def test_a_redis_that_refuses_for_a_while(server: Server, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     client = server.client()
     client.config_set("maxmemory", 1)  # "OOM command not allowed"
