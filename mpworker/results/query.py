@@ -23,8 +23,8 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from mpworker.results.journal import SUFFIX, Journal
-from mpworker.results.reader import Entry, Tally, read_at, read_entries
-from mpworker.results.record import TERMINAL, Record, canonical
+from mpworker.results.reader import Tally, read_at, read_glances
+from mpworker.results.record import TERMINAL, Glance, Record, canonical
 
 _FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})
 _PENDING = frozenset({"PENDING", "RECEIVED", "RETRY"})
@@ -247,13 +247,12 @@ class ResultStore:
 
     def _read_on(self, path: Path, start: int) -> int:
         tally = Tally(end=start)
-        for entry in read_entries([path], tally, start):
-            self._note(entry)
+        for found, offset in read_glances(path, tally, start):
+            self._note(found, path, offset)
         self._torn += tally.torn
         return tally.end
 
-    def _note(self, entry: Entry) -> None:
-        record = entry.record
+    def _note(self, record: Glance, path: Path, offset: int) -> None:
         try:
             stamp = datetime.fromisoformat(record.timestamp).timestamp()
         except ValueError:
@@ -268,8 +267,7 @@ class ResultStore:
         retried = record.retries > 0 or status == "RETRY"
         fixed = status == "SUCCESS" and record.key is not None
         lost = status in _FAILED and record.message.startswith(_LOST)
-        place = entry.path, entry.offset
-        new = _Seen(stamp, status, name, record.runtime, *place, fixed, retried, intern(record.hostname), lost)
+        new = _Seen(stamp, status, name, record.runtime, path, offset, fixed, retried, intern(record.hostname), lost)
         if old is not None:
             # Writers that only know the id (a revoke) leave the name to those that knew it.
             winner = new if _displaces(new, old) else old

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED_AT, UNSHIPPED, Record
+from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED_AT, UNSHIPPED, Glance, Record, glance
 
 #: What reading a broken line may raise.
 _BROKEN = (ValueError, TypeError, RecursionError)
@@ -65,6 +65,28 @@ def read_entries(
                     # Perhaps a record that is being written at this moment: its rest, which the next read might bring,
                     # must not be taken for a line of its own.
                     break
+
+
+def read_glances(path: Path, tally: Tally, start: int = 0) -> Iterator[tuple[Glance, int]]:
+    """As :func:`read_entries`, for one file, and of each record only what is quick to read, and its offset."""
+    tally.end = offset = start
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(start)
+        for line in file:
+            found = glance(line)
+            if found is not None:
+                tally.end = offset + len(line)
+                yield found, offset
+            else:
+                for entry in _read_line(line, path, offset, tally):
+                    yield Glance.at(entry.record), entry.offset
+            offset += len(line)
+            if not line.endswith(b"\n"):  # see read_entries
+                break
 
 
 def _is_shipped(line: bytes) -> bool:

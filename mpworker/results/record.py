@@ -16,13 +16,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 VERSION = 1
 #: What every line of every version opens with; only a line's opening contains it.
@@ -37,6 +39,9 @@ UNSHIPPED, SHIPPED, SUPERSEDED = b"0", b"1", b"2"
 
 #: Characters of a message in a summary.
 _SUMMARY = 200
+
+#: Names that are kept for those that are the same.
+_MOST_TEXTS = 10_000
 
 _ALIASES = {
     "SUCCESS": "complete completed done finished ok succeed succeeded successful",
@@ -53,6 +58,7 @@ TERMINAL = frozenset(
 )
 
 
+@lru_cache(1024)
 def canonical(status: str) -> str:
     """The state that a status text means: ``failed`` → ``FAILURE``, ``ok`` → ``SUCCESS``; other text in capitals."""
     text = status.strip()
@@ -224,6 +230,78 @@ class Record:
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name) if name in _READABLE else default
+
+
+class Glance(NamedTuple):
+    """What of a record tells what has become of a task; fields as :class:`Record`'s."""
+
+    task_id: str
+    name: str | None
+    status: str
+    #: the beginning of the message
+    message: str
+    timestamp: str
+    runtime: float | None
+    hostname: str
+    retries: int
+    key: str | None
+    superseded: bool
+    chord: bool
+
+    @classmethod
+    def at(cls, record: Record) -> Glance:
+        return cls(*(getattr(record, name) for name in cls._fields))
+
+
+# A line as to_line() writes it. Nothing in these strings is escaped, or they do not match.
+_BEGINS = re.compile(
+    rb'\{"v": 1, "shipped": ([012]), "task_id":"([^"\\]*)","name":(?:null|"([^"\\]*)"),"status":"([^"\\]*)",'
+    rb'"message":"([^"\\]{0,32})'
+)
+_ENDS = re.compile(
+    rb',"timestamp":"([^"\\]*)","runtime":(null|-?[0-9.e+-]+),"process_id":[0-9]+,"hostname":"([^"\\]*)",'
+    rb'"retries":([0-9]+),"key":"([^"\\]*)",'
+)
+_TEXTS: dict[bytes, str] = {}
+
+
+def glance(line: bytes) -> Glance | None:
+    """Reads a whole line without decoding all of it; ``None`` if that takes a closer look.
+
+    In a line that was written here the last unescaped ``,"timestamp":"`` is the record's own: what follows it are
+    numbers and strings, in which each quote is escaped.
+    """
+    begins = _BEGINS.match(line)
+    if begins is None or line.rfind(OPENING) or not line.endswith(b"}\n"):
+        return None
+    ends = _ENDS.match(line, line.rfind(b',"timestamp":"'))
+    if ends is None:
+        return None
+    mark, task_id, name, status, message = begins.groups()
+    timestamp, runtime, hostname, retries, key = ends.groups()
+    return Glance(
+        task_id.decode(),
+        None if name is None else _text(name),
+        _text(status),
+        message.decode(),
+        timestamp.decode(),
+        None if runtime == b"null" else float(runtime),
+        _text(hostname),
+        int(retries),
+        key.decode(),
+        mark == SUPERSEDED,
+        False,  # parts of chords have no key
+    )
+
+
+def _text(raw: bytes) -> str:
+    """One string for all equal ones, of which there are few."""
+    text = _TEXTS.get(raw)
+    if text is None:
+        text = raw.decode()
+        if len(_TEXTS) < _MOST_TEXTS:
+            _TEXTS[raw] = text
+    return text
 
 
 _NAMES = frozenset(f.name for f in fields(Record)) - {"shipped", "superseded"}

@@ -183,7 +183,7 @@ def test_only_what_is_new_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert store.get_statistics()["total_tasks"] == 20
     read: list[str] = []
     real = store._note
-    monkeypatch.setattr(store, "_note", lambda entry: read.append(entry.record.task_id) or real(entry))
+    monkeypatch.setattr(store, "_note", lambda found, *place: read.append(found.task_id) or real(found, *place))
     store.add_result("new", "completed", "")
     with path.open("ab") as file:
         file.write(celery("half", "SUCCESS", 1).to_line()[:60])

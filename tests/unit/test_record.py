@@ -13,9 +13,11 @@ from mpworker.results import record as module
 from mpworker.results.record import (
     OPENING,
     SHIPPED_AT,
+    Glance,
     Record,
     canonical,
     describe,
+    glance,
     runtime_of,
     task_begins,
     task_ends,
@@ -185,3 +187,64 @@ def test_a_dead_message_is_marked_and_lines_of_others_and_of_older_versions_read
     assert b"dead" not in line
     assert not Record.from_line(line).dead
     assert not Record.from_line(line.replace(b'"expires"', b'"dead":"no","expires"')).dead
+
+
+#: Text that looks like a piece of a line, besides any text.
+TRICKS = st.sampled_from(
+    [
+        '","timestamp":"',
+        ',"timestamp":"x","runtime":1,',
+        '{"v": 1, "shipped": 0, ',
+        '"',
+        "\\",
+        "é",
+        "\n",
+        "a.b",
+        "celery@h",
+    ]
+)
+TEXT = st.text(max_size=8) | TRICKS | st.lists(TRICKS, max_size=3).map("".join)
+TREE = st.recursive(
+    TEXT | st.integers(0, 9) | st.none(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT | st.just("timestamp"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {"task_id": TEXT, "status": TEXT, "message": TEXT, "result": TREE},
+        optional={
+            "name": st.none() | TEXT,
+            "traceback": st.none() | TEXT,
+            "runtime": st.none() | st.floats(0, 1e9) | st.sampled_from([1e-9, 0.1 + 0.2, 12345678.9]),
+            "hostname": TEXT,
+            "retries": st.integers(0, 99),
+            "key": st.none() | TEXT,
+            "payload": st.none() | TEXT | st.binary(max_size=5),
+            "expires": st.none() | st.integers(0, 9),
+            "store": st.none() | TEXT,
+            "log": st.none() | TEXT,
+            "shipped": st.booleans(),
+            "superseded": st.booleans(),
+            "dead": st.booleans(),
+            "chord": st.booleans(),
+        },
+    )
+)
+def test_a_glance_sees_what_a_reader_reads(values: dict[str, object]) -> None:
+    line = Record(**values).to_line()  # type: ignore[arg-type]
+    seen, read = glance(line), Record.from_line(line)
+    if seen is not None:
+        assert read.message.startswith(seen.message)
+        assert not read.chord or read.key is not None
+        assert seen == Glance.at(read)._replace(message=seen.message, chord=False)
+
+
+def test_a_glance_is_enough_for_what_is_usual_and_nothing_broken() -> None:
+    line = Record(task_id="a", name="x", status="SUCCESS", result={"timestamp": "no"}, key="k", payload="{}").to_line()
+    seen = glance(line)
+    assert seen is not None
+    assert (seen.task_id, seen.key, seen.runtime) == ("a", "k", None)
+    for broken in (line[:-1], line[:-2] + b"\n", line[:40] + line, line[5:], b"", b"\n"):
+        assert glance(broken) is None
