@@ -182,14 +182,11 @@ class Shipper:
         return grace > 0 and 0 <= time.time() - record.when < grace
 
     def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
-        """Delivers a batch: of each task the last record, or its SUCCESS, which nothing may follow."""
+        """Delivers a batch: of each task the last record, or its first SUCCESS, which nothing may replace."""
         last: dict[tuple[str, bool], Entry] = {}
-        needless = set()
         for entry in batch:
             task = entry.record.task_id, entry.record.chord
-            if task in last and last[task].record.status == "SUCCESS":
-                needless.add(entry.offset)
-            else:
+            if task not in last or last[task].record.status != "SUCCESS":
                 last[task] = entry
         due = [entry for entry in batch if last[entry.record.task_id, entry.record.chord] is entry]
         due = [entry for entry in due if not _needless(entry.record)]
@@ -198,7 +195,11 @@ class Shipper:
         except Exception as exc:
             raise Refused(describe(exc)) from exc
         for entry in batch:
-            digit = SUPERSEDED if entry.offset in needless else digits.get(entry.offset, SHIPPED)
+            counted = last[entry.record.task_id, entry.record.chord]
+            digit = digits.get(entry.offset, SHIPPED)
+            # A second SUCCESS may be the one that Redis holds: at least one of them has to count.
+            if entry.offset > counted.offset and entry.record.status != "SUCCESS":
+                digit = SUPERSEDED
             mark_at_offset(fd, entry.offset, digit)
         return len(batch)
 
