@@ -21,7 +21,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -148,36 +148,39 @@ class Record:
     def to_line(self) -> bytes:
         """The line with its newline. Never fails on a result: what JSON cannot hold becomes a repr."""
         mark = SUPERSEDED if self.superseded else SHIPPED if self.shipped else UNSHIPPED
-        before = {"task_id": self.task_id, "name": self.name, "status": self.status, "message": self.message}
-        after: dict[str, Any] = {
-            "traceback": self.traceback,
+        more: dict[str, Any] = {}
+        if isinstance(self.payload, bytes):
+            more["payload64"] = base64.b64encode(self.payload).decode("ascii")
+        else:
+            more["payload"] = self.payload
+        more["expires"] = self.expires
+        if self.store is not None:
+            more["store"] = self.store
+        for name in ("dead", "chord"):
+            if getattr(self, name):
+                more[name] = True
+        if self.log is not None:
+            more["log"] = self.log
+        return self._line(mark, self.message, _encode_any(self.result), self.traceback, more)
+
+    def summary(self) -> bytes:
+        """A short line for those who only list and count."""
+        return self._line(SHIPPED, self.message[:_SUMMARY], "null", None, {"payload": None})
+
+    def _line(self, mark: bytes, message: str, result: str, traceback: str | None, more: dict[str, Any]) -> bytes:
+        before = {"task_id": self.task_id, "name": self.name, "status": self.status, "message": message}
+        after = {
+            "traceback": traceback,
             "timestamp": self.timestamp,
             "runtime": None if self.runtime is None else round(self.runtime, 6),
             "process_id": self.process_id,
             "hostname": self.hostname,
             "retries": self.retries,
             "key": self.key,
+            **more,
         }
-        if isinstance(self.payload, bytes):
-            after["payload64"] = base64.b64encode(self.payload).decode("ascii")
-        else:
-            after["payload"] = self.payload
-        after["expires"] = self.expires
-        if self.store is not None:
-            after["store"] = self.store
-        for name in ("dead", "chord"):
-            if getattr(self, name):
-                after[name] = True
-        if self.log is not None:
-            after["log"] = self.log
-        body = f'{_encode(before)[1:-1]},"result":{_encode_any(self.result)},{_encode(after)[1:]}'
+        body = f'{_encode(before)[1:-1]},"result":{result},{_encode(after)[1:]}'
         return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
-
-    def summary(self) -> bytes:
-        """A short line for those who only list and count."""
-        message = self.message[:_SUMMARY]
-        short = replace(self, message=message, result=None, traceback=None, payload=None, log=None, shipped=True)
-        return short.to_line()
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
