@@ -56,17 +56,21 @@ _SCHEMES = {
 
 #: A word on progress that is newer than ours by more than this (seconds) is due to a clock, and replaced.
 _SKEW = 10.0
-#: How a script ends that has stored something. KEYS[2]: the history. ARGV[5]: a summary or nothing; ARGV[6]: how many.
-NOTE_IN_HISTORY = """
-if ARGV[5] ~= '' then
-    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'r', ARGV[5])
-end
-return 1
-"""
-#: KEYS: the task's key. ARGV: payload, seconds to live (0: for ever); with the state PROGRESS also: its time, _SKEW.
-#: Returns 1: stored; 0: there was what may not be replaced; -1: what is there is no JSON, nothing done.
-_STORE = (
+
+
+def storing_script(rule: str, functions: str = "") -> str:
+    """The script that stores one result, publishes it, and notes in the history what has ended.
+
+    KEYS: the task's key; the history, if there is one. ARGV: payload; milliseconds to live, 0 for ever; two for the
+    rule; a summary for the history, or nothing; how many the history holds.
+    Returns 1: stored; 0: a SUCCESS was there; -1: what is there is no JSON, nothing done; or what the rule returns.
+
+    Args:
+        rule: returns where ``meta``, whose ``status`` is there, is not to be replaced. No SUCCESS comes to it.
+        functions: that the rule calls.
     """
+    return f"""
+{functions}
 local old = redis.call('GET', KEYS[1])
 if old and old ~= ARGV[1] then
     local readable, meta = pcall(cjson.decode, old)
@@ -77,22 +81,30 @@ if old and old ~= ARGV[1] then
     if status == 'SUCCESS' then
         return 0
     end
+    {rule}
+end
+if tonumber(ARGV[2]) > 0 then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+else
+    redis.call('SET', KEYS[1], ARGV[1])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+if ARGV[5] ~= '' then
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'r', ARGV[5])
+end
+return 1
+"""
+
+
+#: ARGV[3], ARGV[4]: with the state PROGRESS its time, and _SKEW.
+_STORE = storing_script("""
     if ARGV[3] ~= '' then
         local newer = (tonumber(meta['told']) or 0) - tonumber(ARGV[3])
         if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(ARGV[4])) then
             return 0
         end
     end
-end
-if tonumber(ARGV[2]) > 0 then
-    redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-else
-    redis.call('SET', KEYS[1], ARGV[1])
-end
-redis.call('PUBLISH', KEYS[1], ARGV[1])
-"""
-    + NOTE_IN_HISTORY
-)
+""")
 
 _node_journal: Journal | None = None
 
@@ -388,7 +400,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     def _put_by_script(self, record: Record, told: float | None) -> int:
         keys, noted = self.noted(record)
         try:
-            args = [record.payload, record.expires or 0, "" if told is None else told, _SKEW, *noted]
+            args = [record.payload, 1000 * (record.expires or 0), "" if told is None else told, _SKEW, *noted]
             return int(self._store_script(keys=keys, args=args))
         except redis_errors.NoPermissionError as exc:
             if not self.give_up_history(exc):

@@ -23,7 +23,7 @@ from typing import Any
 from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
-from mpworker.celery.backend import NOTE_IN_HISTORY, ResultBackend, refuses_scripts
+from mpworker.celery.backend import ResultBackend, refuses_scripts, storing_script
 from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.journal import Flusher
@@ -45,10 +45,7 @@ _PATIENCE = 60.0
 #: Seconds between two looks for files that are too old.
 _DISCARD_EVERY = 3600.0
 
-#: KEYS: the task's key. ARGV: payload, milliseconds to live (0: for ever), the record's time, its state.
-#: Returns 1: stored; 0: a SUCCESS was there; 2: a newer end was there; -1: what is there is no JSON, nothing done.
-_DELIVER = (
-    """
+_SECONDS = """
 local function seconds(text)
     local y, m, d, h, min, s, sign, oh, om =
         string.match(text, '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)([+-])(%d+):(%d+)$')
@@ -64,18 +61,12 @@ local function seconds(text)
     local offset = (oh * 60 + om) * (sign == '-' and -60 or 60)
     return ((days * 24 + h) * 60 + min) * 60 + s - offset
 end
-local old = redis.call('GET', KEYS[1])
-if old and old ~= ARGV[1] then
-    local readable, meta = pcall(cjson.decode, old)
-    if not readable or type(meta) ~= 'table' then
-        return -1
-    end
-    local status, done = meta['status'], meta['date_done']
-    if status == 'SUCCESS' then
-        return 0
-    end
+"""
+#: ARGV[3], ARGV[4]: the record's time and its state. Returns also 2: a newer end was there.
+_RULE = """
     if ARGV[4] ~= 'SUCCESS' then
         if status == 'FAILURE' or status == 'REVOKED' then
+            local done = meta['date_done']
             local ended, late = type(done) == 'string' and seconds(done), seconds(ARGV[3])
             if not ended or not late or ended >= late then
                 return 2
@@ -84,16 +75,8 @@ if old and old ~= ARGV[1] then
             return 2
         end
     end
-end
-if tonumber(ARGV[2]) > 0 then
-    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-else
-    redis.call('SET', KEYS[1], ARGV[1])
-end
-redis.call('PUBLISH', KEYS[1], ARGV[1])
 """
-    + NOTE_IN_HISTORY
-)
+_DELIVER = storing_script(_RULE, _SECONDS)
 _DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
 
 
