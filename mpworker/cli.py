@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from mpworker import __version__
 from mpworker.errors import ConfigurationError, MPWorkerError
@@ -97,6 +98,9 @@ def results(context: click.Context, /, dead: bool, as_json: bool, as_csv: bool, 
         raise WrongOption("--json and --csv exclude each other")
     form = "csv" if as_csv else "json" if as_json or not sys.stdout.isatty() else "table"
     if dead:
+        given = [name for name in options if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        if given:
+            raise WrongOption("--dead lists all dead messages: only --json and --csv go with it")
         _list_dead(context, form)
         return
     from mpworker.monitor.listing import list_results

@@ -144,6 +144,8 @@ def test_statistics_on_a_terminal(
         (("stats", "--until", "soon"), "until must be"),
         (("results", "--json", "--csv"), "exclude each other"),
         (("results", "--cluster", "--path", "/tmp"), "exclude each other"),
+        (("results", "--dead", "--follow"), "only --json and --csv"),
+        (("results", "--dead", "--limit", "20"), "only --json and --csv"),
         (("results", "ship", "--path", "/nowhere/at/all"), "there is no journal folder /nowhere/at/all"),
         (("stats", "--by", "colour"), "colour"),
     ],
