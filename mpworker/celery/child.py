@@ -34,7 +34,7 @@ from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
-from mpworker.pool.facts import Lane
+from mpworker.pool.jobs import Lane
 from mpworker.pool.parcel import pack
 from mpworker.results.record import task_begins, task_ends
 
@@ -127,6 +127,7 @@ class _Prefork(NamedTuple):
 
 def _import_clients(app: Celery) -> None:
     """The modules for results and broker, once for all workers: imported by each, they cost 0.2 s and 20 MB apiece."""
+    import_module("encodings.idna")  # needed for each name of a host
     with suppress(Exception):  # what is wrong with a URL has been said in the main process
         backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
     with suppress(Exception):
@@ -162,6 +163,7 @@ def adopt(app: Celery) -> None:
     for fixup in app._fixups or ():
         if hasattr(fixup, "worker_fixup"):
             fixup.worker_fixup.worker = _Prefork(app)
+    _import_clients(app)
     global _app
     _app = app
 

@@ -16,10 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from celery import Celery
 from celery.utils.time import maybe_iso8601, maybe_make_aware
@@ -43,8 +42,7 @@ _SUFFIX = ".json"
 _OWN_PROPERTIES = ("correlation_id", "reply_to", "message_id", "user_id", "app_id", "type", "timestamp")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
+class DeadLetter(NamedTuple):
     """One message, as it came, and why it is dead."""
 
     id: str
@@ -87,8 +85,7 @@ class DeadLetter:
         )
 
     def to_json(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return dumps({"v": 1, **values, "body": base64.b64encode(self.body).decode()})
+        return dumps({"v": 1, **self._asdict(), "body": base64.b64encode(self.body).decode()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DeadLetter:
@@ -97,7 +94,7 @@ class DeadLetter:
         """
         try:
             data = loads(text)
-            values = {f.name: data[f.name] for f in fields(cls)}
+            values = {name: data[name] for name in cls._fields}
             return cls(**{**values, "body": base64.b64decode(data["body"])})
         except (KeyError, TypeError) as exc:
             raise ValueError(f"no dead letter: {exc!r}") from None
@@ -115,7 +112,7 @@ class DeadLetter:
             past = expires and maybe_make_aware(maybe_iso8601(expires)) < datetime.now(UTC)
         except (TypeError, ValueError):
             past = True
-        return replace(self, headers={**self.headers, "expires": None}) if past else self
+        return self._replace(headers={**self.headers, "expires": None}) if past else self
 
 
 class Letters(Protocol):

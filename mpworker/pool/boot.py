@@ -12,12 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import process, spawn
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpworker.errors import PayloadError, SoftTimeLimitExceeded
 from mpworker.pool.heirlooms import Heirlooms
 from mpworker.pool.parcel import pack, unpack
-from mpworker.pool.slots import SlotVariables
+
+if TYPE_CHECKING:
+    from mpworker.pool.slots import SlotVariables
 
 
 class Boot(NamedTuple):
@@ -107,15 +109,6 @@ def _preparation(import_main: bool) -> dict[str, Any]:
         elif path_of_main is not None and os.path.exists(path_of_main):  # not that of a script read from stdin
             data["init_main_from_path"] = os.path.abspath(path_of_main)
     return data
-
-
-def flush_streams() -> None:
-    """What was printed is seen now, not when this process ends, which may be by a signal; nor twice, after a fork."""
-    for stream in (sys.stdout, sys.stderr):
-        try:  # not contextlib.suppress: this is on the way of each task
-            stream.flush()
-        except (AttributeError, ValueError, OSError):  # none, closed, or nobody reads it
-            pass
 
 
 def load(packed: bytes) -> Boot:

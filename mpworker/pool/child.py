@@ -16,11 +16,10 @@ from functools import partial
 from typing import NoReturn
 
 from mpworker.pool import boot as booting
-from mpworker.pool import linux, worker
-from mpworker.pool.facts import NO_SLOT, Lane
+from mpworker.pool import forking, linux, worker
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
+from mpworker.pool.jobs import NO_SLOT, SLOT_VARIABLE, Lane
 from mpworker.pool.page import Page
-from mpworker.pool.slots import SLOT_VARIABLE
 from mpworker.pool.title import set_title
 from mpworker.pool.worker import EX_UNREADY, Worker
 
@@ -62,7 +61,7 @@ def become_worker(
     finally:
         with contextlib.suppress(BaseException):
             multiprocessing.util._exit_function()  # type: ignore[attr-defined]
-        booting.flush_streams()
+        forking.flush_streams()
         os._exit(code)
 
 

@@ -30,7 +30,6 @@ from mpworker.pool import facts as f
 from mpworker.pool import linux
 from mpworker.pool import page as pages
 from mpworker.pool.bulk import Bulk, Place
-from mpworker.pool.facts import Job, Lane, Span, open_span
 from mpworker.pool.fleet import Crew, Exit, Fleet
 from mpworker.pool.frames import (
     BATCHED,
@@ -45,10 +44,10 @@ from mpworker.pool.frames import (
     pack_start,
     receive,
 )
+from mpworker.pool.jobs import NO_SLOT, SLOT_VARIABLE, Job, Lane, Span, open_span
 from mpworker.pool.ledger import Ledger
-from mpworker.pool.memory import Sampler
 from mpworker.pool.nursery import Nursery
-from mpworker.pool.slots import SLOT_VARIABLE
+from mpworker.pool.sampler import Sampler
 from mpworker.pool.title import set_title
 from mpworker.pool.wire import Listener, Wire
 
@@ -509,7 +508,7 @@ class Dispatcher:
         crews = [
             {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
             for crew in self._fleet.crews.values()
-            if crew.pid and crew.slot != f.NO_SLOT
+            if crew.pid and crew.slot != NO_SLOT
         ]
         everything = {"workers": crews, "pages": list(self._fleet.crews)}
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(everything).encode()))

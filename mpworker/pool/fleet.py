@@ -11,6 +11,7 @@ been given to another process.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -24,10 +25,9 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from mpworker.pool import bulk, linux
-from mpworker.pool.boot import flush_streams
-from mpworker.pool.facts import Lane
+from mpworker.pool import bulk, forking, linux
 from mpworker.pool.frames import Kind, encode
+from mpworker.pool.jobs import Lane
 from mpworker.pool.memory import OomCounter
 from mpworker.pool.page import Page, create
 from mpworker.pool.title import PADDING
@@ -81,16 +81,18 @@ def launch(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes], sock
 def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
     """As :func:`launch`, but with a template that is a fork of *this* process as it stands.
 
-    The forked child forks the template and then becomes the dispatcher by ``exec``, so that the template, which has
-    our memory, is the dispatcher's child.
+    The forked child forks the template, so that this is its child, and becomes the dispatcher: as it is if nothing
+    speaks against it, which takes less memory and 0.1 s less, else by ``exec``.
     """
+    clean = not forking.risk_of_forking() and not forking.tampered()
     _fill_streams()
     ours, theirs = socket.socketpair()
     line, template_end = socket.socketpair()
-    flush_streams()
+    forking.flush_streams()
     pid = os.fork()
     if pid == 0:
-        _become_dispatcher(ours, theirs, line, template_end, heirlooms)
+        gc.freeze()  # nothing of the parent's is ours to clean up
+        _become_dispatcher(ours, theirs, line, template_end, heirlooms, by_exec=not clean)
     theirs.close()
     line.close()
     template_end.close()
@@ -104,16 +106,19 @@ def _become_dispatcher(
     line: socket.socket,
     template_end: socket.socket,
     heirlooms: Iterable[int],
+    *,
+    by_exec: bool,
 ) -> None:
     try:
         os.setsid()
         ours.close()
+        bulk.abandon()
         dispatcher = os.getpid()
         template = os.fork()
         if template == 0:
+            linux.die_with_parent()
             theirs.close()
             line.close()
-            bulk.abandon()
             from mpworker.pool import template as template_module
 
             template_module.serve(template_end, dispatcher, preload=False)
@@ -122,11 +127,20 @@ def _become_dispatcher(
             os.dup2(null.fileno(), 0)
         for fd in heirlooms:
             os.set_inheritable(fd, True)
-        theirs.set_inheritable(True)
-        line.set_inheritable(True)
-        arguments = command("dispatcher", str(theirs.fileno()), str(line.fileno()), str(template))
-        os.execv(arguments[0], arguments)
+        theirs.set_inheritable(by_exec)
+        line.set_inheritable(by_exec)
+        arguments = str(theirs.detach()), str(line.detach()), str(template)
+        if by_exec:
+            path, *more = command("dispatcher", *arguments)
+            os.execv(path, [path, *more])
+        from mpworker.pool import dispatcher as dispatcher_module
+
+        dispatcher_module.main(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        forking.flush_streams()
         os._exit(127)
 
 
@@ -241,7 +255,7 @@ class Fleet:
             except BaseException:
                 traceback.print_exc()
             finally:
-                flush_streams()
+                forking.flush_streams()
                 os._exit(0)
         theirs.close()
         self.adopt_template(ours, pid)

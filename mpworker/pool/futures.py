@@ -17,12 +17,11 @@ import sys
 import threading
 import weakref
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mpworker.errors import BootError
 from mpworker.pool import handle as handles
 from mpworker.pool.callbacks import log_hook_failure
-from mpworker.pool.facts import Progress
 from mpworker.pool.frames import Frame, Kind
 from mpworker.pool.handle import Handle
 from mpworker.pool.page import results
@@ -36,6 +35,14 @@ _COMPANY = 128
 _live: weakref.WeakSet[Results] = weakref.WeakSet()
 #: Held while a future gets its condition, and while one that has none changes its state. Nothing else is locked inside.
 _gate = threading.RLock()
+
+
+class Progress(NamedTuple):
+    """What a task has last said of itself, by :func:`mpworker.progress`."""
+
+    done: float
+    total: float
+    message: str
 
 
 class TaskFuture(Future[T]):

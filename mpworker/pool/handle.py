@@ -20,14 +20,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, final
 
 from mpworker.errors import BootError, ProtocolError
 from mpworker.pool import boot as booting
 from mpworker.pool import fleet, linux
 from mpworker.pool.bulk import Bulk
-from mpworker.pool.facts import Lane, pack_span
 from mpworker.pool.frames import (
     CHUNK,
     LONGEST_WAIT,
@@ -43,6 +41,7 @@ from mpworker.pool.frames import (
     unpack_start,
 )
 from mpworker.pool.heirlooms import Heirlooms
+from mpworker.pool.jobs import Lane, pack_span
 from mpworker.pool.page import Page, results, who_ran, whole
 from mpworker.pool.parcel import Outcome, open_verdict, pack_verdict
 from mpworker.states import JobState
@@ -75,8 +74,7 @@ _UNHEARD = pack_verdict(JobState.LOST, by_pool=True, why="its result could not b
 _Plain = tuple[int, bytes, tuple[float, float]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolOptions:
+class PoolOptions(NamedTuple):
     """What a dispatcher is told. Times in seconds, memory in bytes, 0 for no limit."""
 
     size: int
@@ -95,12 +93,11 @@ class PoolOptions:
     label: str = ""
 
     def to_json(self, heirlooms: Iterable[int] = ()) -> bytes:
-        told = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps(told | {"heirlooms": list(heirlooms)}).encode()
+        return json.dumps(self._asdict() | {"heirlooms": list(heirlooms)}).encode()
 
 
-@dataclass(slots=True, eq=False)
-class _Sent:
+@final
+class _Sent(NamedTuple):
     """A job that has no terminal event yet; its frame is kept until it has started, for a new dispatcher."""
 
     pieces: tuple[bytes, ...] | None
@@ -428,7 +425,7 @@ class Handle:
             sent = self._sent.get(frame.job)
             if frame.kind is Kind.DONE and type(sent) is _Sent and sent.hooks:
                 self._hooked[frame.job] = sent.hooks, Outcome.VERDICT, _UNHEARD
-                sent.hooks = b""
+                self._sent[frame.job] = sent._replace(hooks=b"")
         left = [frame for frame in frames if frame.kind is not Kind.DONE or frame not in lost]
         return [frame._replace(flag=Outcome.VERDICT, body=_UNHEARD) if frame in lost else frame for frame in left]
 
@@ -525,11 +522,11 @@ class Handle:
                 return
             self.generation += 1
             for sent in self._sent.copy().values():
-                if type(sent) is tuple:
-                    self._loose.append(sent)
-                else:
+                if type(sent) is _Sent:
                     self._gather()
-                    self._outbox.put(*(sent.pieces or ()))  # type: ignore[union-attr]
+                    self._outbox.put(*(sent.pieces or ()))
+                else:
+                    self._loose.append(sent)
             self._gather()
             for job, call in self._hooked.copy().items():
                 if call is not None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from math import inf
 
 from mpworker.pool import facts as f
-from mpworker.pool.facts import Action, Job, Lane, Span, Worker
+from mpworker.pool.facts import Action
+from mpworker.pool.jobs import NO_SLOT, Job, Lane, Span, Worker
 from mpworker.states import JobState, WorkerState
 
 #: Seconds between SIGTERM and SIGKILL.
@@ -217,8 +218,8 @@ class LaneBook:
         """Asks for a successor, if there is none yet and there may be work for it."""
         pointless = self.closed or not self.ever_ready or (self.draining and not self.waiting)
         if self.spare is None and not pointless and not now < self._spawn_at < inf:
-            self.spare = Worker(next(self._ids), f.NO_SLOT, self.lane)
-            self._out.append(f.Spawn(self.spare.id, f.NO_SLOT, self.lane))
+            self.spare = Worker(next(self._ids), NO_SLOT, self.lane)
+            self._out.append(f.Spawn(self.spare.id, NO_SLOT, self.lane))
 
     def everybody(self) -> list[Worker]:
         """Every process of this lane."""

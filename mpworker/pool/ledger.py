@@ -17,8 +17,9 @@ from math import inf
 from typing import Any
 
 from mpworker.pool import facts as f
-from mpworker.pool.facts import Action, Job, Lane, Span, Worker
+from mpworker.pool.facts import Action
 from mpworker.pool.frames import Frame, Kind, pack_start
+from mpworker.pool.jobs import Job, Lane, Span, Worker
 from mpworker.pool.lanes import MAX_BOOT_FAILURES, START_GRACE, WORN, LaneBook
 from mpworker.pool.page import results, who_ran
 from mpworker.pool.parcel import Outcome, pack_verdict

@@ -10,6 +10,8 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+#: NVIDIA's and AMD's.
+_GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
 
 
 def _prctl(option: int, value: int) -> bool:
@@ -39,6 +41,18 @@ def native_threads() -> int:
         return len(os.listdir("/proc/self/task"))
     except OSError:
         return 1
+
+
+def open_devices() -> list[str]:
+    """Device files of a GPU driver that this process has open: such a driver does not work in a fork."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = os.readlink(f"/proc/self/fd/{fd}")
+                if path.startswith(_GPU_DEVICES):
+                    found.add(path)
+    return sorted(found)
 
 
 class Queueing:

@@ -123,12 +123,9 @@ class Nursery:
             self._fail(frame.body.decode(errors="replace"))
         elif frame.kind is Kind.READY:
             self._loading_until, self._ready, self._loading_deaths = inf, True, 0
-            if frame.a > 1 and self._method == "auto":
-                self._owner.log(
-                    logging.INFO,
-                    f"start method spawn: after loading the application the template has {frame.a:.0f} threads, "
-                    "and forking would copy their locks",
-                )
+            if frame.body and self._method == "auto":
+                risk = frame.body.decode(errors="replace")
+                self._owner.log(logging.INFO, f"start method spawn: with the application loaded, the template {risk}")
                 self.give_up()
             self._owner.begin()
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from mpworker.pool.facts import Action, AskToShrink, Job, Lane, MemoryUsed, Worker
+from mpworker.pool.facts import Action, AskToShrink, MemoryUsed
+from mpworker.pool.jobs import Job, Lane, Worker
 from mpworker.states import JobState
 
 #: Seconds that a job gets to come below its limit, once it has been asked …

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from mpworker.errors import ConfigurationError
 from mpworker.settings import is_variable
 
-#: Tells a worker, and what it starts, its slot.
-SLOT_VARIABLE = "MPWORKER_SLOT"
 Variables = Mapping[str, str | int]
 #: … as a worker process knows them: by slot, or asked there.
 SlotVariables = dict[int, dict[str, str]] | Callable[[int], dict[str, str]]

@@ -10,15 +10,16 @@ import gc
 import os
 import signal
 import socket
-import threading
 import time
-import warnings
 
 from mpworker.pool import boot as booting
-from mpworker.pool import linux
+from mpworker.pool import forking, linux
 from mpworker.pool.child import become_worker  # here, so that no worker has to import it
 from mpworker.pool.frames import HEADER_SIZE, Frame, FrameReader, Kind, encode
 from mpworker.pool.title import set_title
+
+#: Meant for the node, if they reach all of its processes; in a fork of the main process they had its handlers.
+_NOT_FOR_US = signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
 
 def main(fd: str, dispatcher: str, *_: str) -> None:
@@ -38,6 +39,8 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         preload: ``False`` in a fork of the parent: everything is loaded already.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's SIG_IGN is inherited, and then nobody can be waited for
+    for number in _NOT_FOR_US:
+        signal.signal(number, signal.SIG_IGN)
     frame, _ = _receive(line)
     if frame is None or frame.kind is not Kind.BOOT:
         return
@@ -52,7 +55,7 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         gc.collect()
     # What is there now is never looked at by a worker's garbage collector, so that its memory stays shared.
     gc.freeze()
-    _say(line, encode(Kind.READY, a=float(_threads_that_stay())))
+    _say(line, encode(Kind.READY, body=forking.risk_of_forking().encode()))
     prepared = not preload or bool(frame.flag)
     while True:
         request, fds = _receive(line)
@@ -65,20 +68,6 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
 def _say(line: socket.socket, word: bytes) -> None:
     with contextlib.suppress(ConnectionError):  # the dispatcher is gone, as the next read tells
         line.sendall(word)
-
-
-def _threads_that_stay() -> int:
-    """Threads that forking would not get rid of. Some libraries see to that themselves: OpenBLAS, which numpy brings,
-    ends its threads when the process is about to fork (``pthread_atfork``), and starts them anew where they are needed.
-    """
-    if linux.native_threads() > 1 == threading.active_count():
-        with warnings.catch_warnings():  # Python 3.12 warns of what is tried here; this child does nothing at all
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-    return linux.native_threads()
 
 
 def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:
@@ -102,7 +91,7 @@ def _receive(line: socket.socket) -> tuple[Frame | None, list[int]]:
 def _fork(
     line: socket.socket, request: Frame, fds: list[int], boot: booting.Boot, dispatcher: int, ready: bool
 ) -> None:
-    booting.flush_streams()
+    forking.flush_streams()
     try:
         middle = os.fork()
     except OSError:  # the dispatcher sees the closed lines, and tries again after a while

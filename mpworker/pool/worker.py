@@ -30,11 +30,11 @@ from typing import Any, NoReturn
 
 from mpworker.errors import MemoryLimitExceeded, PayloadError
 from mpworker.pool import boot as booting
-from mpworker.pool import callbacks, coroutines, linux
+from mpworker.pool import callbacks, coroutines, forking, linux
 from mpworker.pool.bulk import Bulk
 from mpworker.pool.chunks import Run
-from mpworker.pool.facts import NO_SLOT, Lane, open_span
 from mpworker.pool.frames import BATCHED, RATIONED, Frame, FrameReader, Kind, Outbox, carrying, encode, header
+from mpworker.pool.jobs import NO_SLOT, Lane, open_span
 from mpworker.pool.memory import resident
 from mpworker.pool.page import MOST, Page
 from mpworker.pool.parcel import Outcome, open_call, pack_error, pack_outcome
@@ -161,7 +161,7 @@ class Worker:
         signal.signal(signal.SIGUSR1, self._on_soft_limit)
         self.watchdog.start()
         # What is printed is not flushed after each tiny job; a fork must not print it once more.
-        os.register_at_fork(before=booting.flush_streams, after_in_child=self._on_fork)
+        os.register_at_fork(before=forking.flush_streams, after_in_child=self._on_fork)
         self._fresh = resident()
         self.send(encode(Kind.READY, self._pid, a=float(linux.native_threads())))
         while (frame := self._next()) is not None:
@@ -328,7 +328,7 @@ class Worker:
         if self.lane is _TASKS and self._keep(current, flag, runtime, body):
             return
         page.end()
-        booting.flush_streams()
+        forking.flush_streams()
         self._report(job, flag, runtime, body)
 
     def _keep(self, ran: Current, flag: int, runtime: float, body: bytes) -> bool:
@@ -348,13 +348,13 @@ class Worker:
                 if ran.quiet:
                     self.send(encode(Kind.STARTED, ran.job, a=ran.started))
                 return False
-            booting.flush_streams()
+            forking.flush_streams()
             self.send()  # makes room
         leaves = not self.inbox or kept >= _COMPANY or ran.started - self._sent_at > _PATIENCE
         if runtime > _PATIENCE / 2 and len(self.inbox) == 1:  # more shall be here when that one is done
             leaves = True
         if leaves or not ran.quiet:
-            booting.flush_streams()
+            forking.flush_streams()
         if leaves:
             self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
             self._sent_at = ran.started

@@ -17,7 +17,7 @@ from support import PATIENCE, Signpost, wait_until
 from mpworker import ProcessPool, WorkerLost
 from mpworker.errors import BootError
 from mpworker.pool import fleet, handle
-from mpworker.pool.facts import Lane
+from mpworker.pool.jobs import Lane
 
 METHODS = ["fork", "forkserver", "spawn", "auto"]
 SIZE = 2

@@ -23,11 +23,11 @@ from mpworker.pool import facts as f
 from mpworker.pool import fleet as fleets
 from mpworker.pool import page as pages
 from mpworker.pool.bulk import LARGE, Bulk
-from mpworker.pool.facts import Lane
 from mpworker.pool.fleet import Crew, Exit
 from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, carrying, encode, header
 from mpworker.pool.futures import Results, TaskFuture
 from mpworker.pool.handle import Handle, PoolOptions
+from mpworker.pool.jobs import Lane
 from mpworker.pool.parcel import Outcome, open_outcome, open_verdict, pack, pack_call, pack_outcome
 from mpworker.states import JobState
 

@@ -13,8 +13,8 @@ import pytest
 
 from mpworker.pool import facts as f
 from mpworker.pool import ledger
-from mpworker.pool.facts import Job, Lane
 from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.jobs import NO_SLOT, Job, Lane, Span
 from mpworker.pool.ledger import GUARD_GRACE, Ledger
 from mpworker.pool.parcel import Outcome, open_verdict
 from mpworker.states import JobState
@@ -59,9 +59,9 @@ class World:
     def _spawn(self, action: f.Spawn) -> None:
         assert action.worker not in self.workers
         assert not self.finished
-        if action.slot == f.NO_SLOT:
+        if action.slot == NO_SLOT:
             assert action.lane is Lane.TASKS
-            assert not [w for w in self.workers.values() if w.slot == f.NO_SLOT], "two spares"
+            assert not [w for w in self.workers.values() if w.slot == NO_SLOT], "two spares"
             self.workers[action.worker] = Played(action.slot, action.lane)
             return
         self._take_slot(action)
@@ -72,7 +72,7 @@ class World:
 
     def _promote(self, action: f.Promote) -> None:
         spare = self.workers[action.worker]
-        assert (spare.slot, spare.ready, spare.killed) == (f.NO_SLOT, False, 0)
+        assert (spare.slot, spare.ready, spare.killed) == (NO_SLOT, False, 0)
         self._take_slot(f.Spawn(action.worker, action.slot, spare.lane))
         spare.slot = action.slot
 
@@ -87,7 +87,7 @@ class World:
         assert worker.ready
         assert not worker.leaving
         assert worker.lane is action.job.lane
-        assert worker.slot != f.NO_SLOT, "a spare gets a job"
+        assert worker.slot != NO_SLOT, "a spare gets a job"
         held = worker.done + len(worker.inbox) + (worker.running is not None)
         assert worker.lane is Lane.HOOKS or held < self.max_tasks, "more jobs than a worker may run"
         assert not self.ends[action.job.id], "a job that has ended is given out"
@@ -170,7 +170,7 @@ class World:
         if played.killed:
             self.exit(worker)
         elif not played.ready:
-            if played.slot != f.NO_SLOT:
+            if played.slot != NO_SLOT:
                 self.get_ready(worker)
         elif played.running is not None:
             self.end(worker)
@@ -307,7 +307,7 @@ def test_whoever_cannot_be_killed_is_heard_out_before_its_jobs_go_elsewhere(worl
 
 def test_what_a_dead_worker_had_begun_is_lost_and_the_rest_runs_elsewhere(world: World) -> None:
     """Nobody could read how those had ended, such as behind garbage."""
-    span = f.Span(1, 0.0, 0.0, array("I", [1] * 4), b"abcd")
+    span = Span(1, 0.0, 0.0, array("I", [1] * 4), b"abcd")
     for number in range(100, 130):  # now it is known that they are quick, and several go together
         world.submit(number)
         world.run(0)

@@ -24,8 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mpworker.pool import facts as f
 from mpworker.pool import ledger as ledger_module
 from mpworker.pool import page
-from mpworker.pool.facts import Job, Lane, Span
 from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.jobs import NO_SLOT, Job, Lane, Span
 from mpworker.pool.lanes import START_GRACE, UNKILLABLE
 from mpworker.pool.ledger import GUARD_GRACE, Ledger
 from mpworker.pool.page import results
@@ -163,7 +163,7 @@ class World:
 
     def _living(self, lane: Lane = Lane.TASKS) -> list[Played]:
         there = [worker for worker in self.workers.values() if worker.lane is lane and not self._given_up(worker)]
-        return [worker for worker in there if worker.slot != f.NO_SLOT]  # a spare works only once it has a slot
+        return [worker for worker in there if worker.slot != NO_SLOT]  # a spare works only once it has a slot
 
     # -- what the ledger must believe of an event ----------------------------------------------------------------
 
@@ -282,9 +282,9 @@ class World:
         assert action.worker not in self.workers
         assert self.begun
         assert not self.finished
-        if action.slot == f.NO_SLOT:
+        if action.slot == NO_SLOT:
             assert action.lane is Lane.TASKS
-            spares = [w for w in self.workers.values() if w.slot == f.NO_SLOT and not self._given_up(w)]
+            spares = [w for w in self.workers.values() if w.slot == NO_SLOT and not self._given_up(w)]
             assert self._together or not spares, "two spares"
         else:
             self._take(action.slot, action.lane)
@@ -295,7 +295,7 @@ class World:
 
     def _promote(self, action: f.Promote) -> None:
         if (spare := self.workers.get(action.worker)) is not None:
-            assert (spare.slot, spare.kills) == (f.NO_SLOT, 0)
+            assert (spare.slot, spare.kills) == (NO_SLOT, 0)
             self._take(action.slot, spare.lane)
             spare.slot, spare.ready = action.slot, False  # whatever it has said before
 
@@ -317,7 +317,7 @@ class World:
             assert self._together, "a job is given to somebody who is gone"
             return
         assert worker.ready
-        assert worker.slot != f.NO_SLOT, "a spare gets a job"
+        assert worker.slot != NO_SLOT, "a spare gets a job"
         assert not worker.leaving
         going = worker.kills or worker.expired or worker.faulty  # not shot: an end may cross the signal
         assert self._together or not going, "a job is given to somebody who is about to go"
@@ -425,7 +425,7 @@ class World:
             return False
         if worker.kills > 1 or ((worker.kills or worker.shot) and not worker.frozen):
             self.tell(f.WorkerGone(worker.id, None, signal.SIGKILL, 1 << 20))
-        elif worker.frozen or worker.faulty or worker.slot == f.NO_SLOT:
+        elif worker.frozen or worker.faulty or worker.slot == NO_SLOT:
             return False
         elif not worker.ready:
             self.tell(f.WorkerReady(worker.id, 100 + worker.id))

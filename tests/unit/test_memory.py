@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from mpworker.pool import memory
-from mpworker.pool.facts import Job, Lane, MemoryUsed, Worker
-from mpworker.pool.memory import OomCounter, Sampler
+from mpworker.pool import sampler as sampling
+from mpworker.pool.facts import MemoryUsed
+from mpworker.pool.jobs import Job, Lane, Worker
+from mpworker.pool.memory import OomCounter
+from mpworker.pool.sampler import Sampler
 
 NOW = 1000.0
 
@@ -27,12 +30,12 @@ def test_a_process_has_a_size() -> None:
 
 
 def test_everybody_is_found_with_group_start_and_size() -> None:
-    begun = memory._since_boot()
+    begun = sampling._since_boot()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True) as child:
         found = {pid: rest for pid, *rest in memory.members()}
         group, started, size = found[child.pid]
         assert group == child.pid
-        assert begun - 0.02 <= started <= memory._since_boot()
+        assert begun - 0.02 <= started <= sampling._since_boot()
         assert size >= 0
         assert found[os.getpid()][0] == os.getpgrp()
         child.communicate(b"\n", timeout=30)
@@ -46,9 +49,9 @@ class Kernel:
         #: pid, group, start, size
         self.others: list[tuple[int, int, float, int]] = []
         self.scans = 0
-        monkeypatch.setattr(memory, "resident", lambda pid="self": self.sizes.get(pid, 0))
-        monkeypatch.setattr(memory, "members", self.members)
-        monkeypatch.setattr(memory, "_since_boot", lambda: NOW)
+        monkeypatch.setattr(sampling, "resident", lambda pid="self": self.sizes.get(pid, 0))
+        monkeypatch.setattr(sampling, "members", self.members)
+        monkeypatch.setattr(sampling, "_since_boot", lambda: NOW)
 
     def members(self) -> Iterator[tuple[int, int, float, int]]:
         self.scans += 1
@@ -94,7 +97,7 @@ def test_a_process_that_is_gone_has_no_figure(kernel: Kernel) -> None:
     assert Sampler().look([running(0, 1, 1000, age=0.1)], NOW) == []
 
 
-@pytest.mark.parametrize(("size", "pause"), [(10, memory.CALM), (600, memory.ALERT)])
+@pytest.mark.parametrize(("size", "pause"), [(10, sampling.CALM), (600, sampling.ALERT)])
 def test_who_is_near_the_limit_is_looked_at_more_often(kernel: Kernel, size: int, pause: float) -> None:
     sampler = Sampler()
     kernel.sizes = {100: size}
@@ -106,8 +109,8 @@ def test_who_is_near_the_limit_is_looked_at_more_often(kernel: Kernel, size: int
 def test_looking_at_many_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))  # each look at the clock costs a second
     sampler = Sampler()
-    monkeypatch.setattr(memory.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(memory, "members", lambda: iter(()))
+    monkeypatch.setattr(sampling.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(sampling, "members", lambda: iter(()))
     sampler.look([running(0, 1, 1000, age=0.1)], NOW)
     assert sampler.due >= 1.0 / 0.02
 

@@ -92,7 +92,7 @@ class Request:
 
 def letter(task_id: str = "a", timestamp: float = 5e9, **more: Any) -> DeadLetter:
     made = DeadLetter.of(Request(app_with(None), task_id, **more), deaths=3, reason="why", node="n")
-    return deadletters.replace(made, timestamp=timestamp)
+    return made._replace(timestamp=timestamp)
 
 
 # -- the count -------------------------------------------------------------------------------------------------------

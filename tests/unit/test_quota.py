@@ -10,6 +10,7 @@ from unit.test_ledger import World
 
 from mpworker.pool import facts as f
 from mpworker.pool.frames import Kind
+from mpworker.pool.jobs import Lane
 from mpworker.pool.quota import FAR_ABOVE, GRACE
 from mpworker.states import JobState
 
@@ -63,7 +64,7 @@ def test_a_jobs_own_limit_stands_before_the_pools() -> None:
     world.tell(f.MemoryLimited(7, LIMIT))
     assert world.submit(7).memory == LIMIT
     assert world.submit(8).memory == 5
-    assert world.submit(9, lane=f.Lane.HOOKS).memory == 0
+    assert world.submit(9, lane=Lane.HOOKS).memory == 0
 
 
 def test_a_job_below_its_limit_is_left_alone(world: World) -> None:

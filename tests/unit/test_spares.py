@@ -10,6 +10,7 @@ from unit.test_ledger import World
 
 from mpworker.pool import facts as f
 from mpworker.pool.frames import Kind
+from mpworker.pool.jobs import NO_SLOT
 from mpworker.pool.lanes import LEAD, WORN
 
 
@@ -21,7 +22,7 @@ def made(world: World, **jobs: Any) -> World:
 
 
 def spares(world: World) -> list[int]:
-    return [key for key, played in world.workers.items() if played.slot == f.NO_SLOT]
+    return [key for key, played in world.workers.items() if played.slot == NO_SLOT]
 
 
 def run_one(world: World, job: int, runtime: float = 1.0, rss: float = 0.0) -> None:
@@ -45,7 +46,7 @@ def test_before_its_last_job_a_worker_gets_a_successor() -> None:
     world.begin(0)
     world.end(0)
     assert world.workers[0].leaving
-    assert [played.slot for played in world.workers.values()] == [0, f.NO_SLOT]
+    assert [played.slot for played in world.workers.values()] == [0, NO_SLOT]
     del world.workers[0]
     assert world.tell(f.WorkerGone(0, 0, None, None)) == [f.Promote(spare, 0)]
     world.get_ready(spare)
@@ -126,7 +127,7 @@ def test_a_spare_whose_line_is_broken_is_no_successor() -> None:
     world.tell(f.WorkerFaulty(spare, "it closed its line"))
     run_one(world, 1)
     world.exit(0, 0, None)
-    assert world.workers[spare].slot == f.NO_SLOT
+    assert world.workers[spare].slot == NO_SLOT
     assert 0 in [played.slot for played in world.workers.values()]
     world.settle()
     assert spare not in world.workers
