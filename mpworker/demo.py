@@ -145,8 +145,9 @@ class Demo:
             worker.start()
         self._await_ready(worker)
         began = time.monotonic()
-        self._work(worker)
-        elapsed = time.monotonic() - began
+        with interrupts.held():
+            self._work(worker, interrupts)
+            elapsed = time.monotonic() - began
         with interrupts.held():
             worker.stop(interrupts)
         return self._report(elapsed)
@@ -162,16 +163,18 @@ class Demo:
         if not worker.await_line(" ready.", seconds=_STALL_SECONDS):
             raise DemoError(worker.describe("did not get ready"))
 
-    def _work(self, worker: NodeProcess) -> None:
+    def _work(self, worker: NodeProcess, interrupts: Interrupts) -> None:
         progress = Progress(total=len(self.files))
         with ProgressView(progress, title="files") as view:
             looked = time.monotonic()
             for _ in self._enqueue():
+                interrupts.check()
                 if time.monotonic() - looked > _TICK:
                     self._look(progress, view)
                     looked = time.monotonic()
             done, changed = -1, time.monotonic()
             while not self._look(progress, view):
+                interrupts.check()
                 now = time.monotonic()
                 if progress.snapshot(now).done != done:
                     done, changed = progress.snapshot(now).done, now

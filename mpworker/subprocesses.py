@@ -66,9 +66,13 @@ class Interrupts:
         """Counts signals while the block runs and raises ``KeyboardInterrupt`` behind it."""
         self._held = True
         yield
+        self.check()
+        self._held = False
+
+    def check(self) -> None:
+        """Raises what is held back: between two steps, where no finalizer can swallow it as it can anywhere else."""
         if self.pending:
             raise KeyboardInterrupt
-        self._held = False
 
 
 class NodeProcess:
