@@ -1,7 +1,8 @@
 """``mpworker.celery.pool:TaskPool``: the engine as Celery's worker sees it.
 
-Owns the translation between Celery's calls and callbacks and the handle's jobs and events. Never forks in the main
-process, never lets an error out into Celery's event loop, never decides about a task: that is Celery's ``Request``.
+Owns the translation between Celery's calls and callbacks and the handle's jobs and events. Never forks the main process
+once it has threads, never lets an error out into Celery's event loop, never decides about a task: that is Celery's
+``Request``.
 
 With an event loop (Redis, RabbitMQ) results are read and callbacks run inside it; without one (the filesystem
 transport) one supervisor thread does the same.
@@ -39,9 +40,10 @@ from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink
 from mpworker.celery.models import register_models
 from mpworker.celery.poison import Deaths
-from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
+from mpworker.celery.slot_env import slot_env_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
+from mpworker.celery.start import start_method_of
 from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
@@ -61,6 +63,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: Seconds that the other workers get once the first one is ready, so that "ready" means all of them if they are few.
+_READY_TOGETHER = 0.2
 #: More slots than anybody could wait for.
 _ENOUGH = 1 << 30
 #: New in Celery 5.6.
@@ -122,6 +126,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._slots = _Slots(self.limit) if self._threads and self.putlocks else None
         self._stops = False
         self.handle: handles.Handle = self._make_handle()
+        self._start_method = ""
         self._loop = LoopLink(self.handle, self._pump)
         self._wakeup = SignalWakeup()
         self._gate = SignalGate()
@@ -146,27 +151,13 @@ class TaskPool(BasePool):  # type: ignore[misc]
             spec, description = self._describe()
         except PayloadError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
-        start_method = start_method_of(settings)
-        if spec.place is None and (names := child.local_tasks(app)):
-            if start_method == "auto":  # a test's app, say
-                why = "start method fork: the app is in no module that a worker process could import, and %s is local"
-                logger.info(why, names[0])
-                start_method = "fork"
-            elif start_method != "fork":
-                logger.error(
-                    "worker processes will not know %s: the app is in no module that they could import; "
-                    "define it at the top level of one, or set mpworker_start_method to fork",
-                    ", ".join(names),
-                )
-        if start_method == "fork":
-            child.adopt(app)
         if spec.in_main and (script := getattr(sys.modules["__main__"], "__file__", None)):
             # Where Celery looks, so that the script's tasks are named in the children as they are here.
             os.environ["MP_MAIN_FILE"] = os.path.abspath(script)
         return handles.make(
             handles.PoolOptions(
                 size=self.limit,
-                start_method=start_method,
+                start_method=settings.start_method,
                 ready_timeout=settings.ready_timeout,
                 callback_limit=settings.callback_time_limit,
                 max_tasks=self.options.get("maxtasksperchild") or 0,
@@ -203,7 +194,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     # -- life ----------------------------------------------------------------------------------------------------
 
     def on_start(self) -> None:
-        """Starts the processes and waits until the first one is ready.
+        """Starts the processes and waits until the first one is ready, here or where Celery asks for it.
 
         Raises:
             SystemExit: the workers cannot start; the reason has been logged.
@@ -216,7 +207,26 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self._settings.task_log:
             task_log.source = self._log_of
         signals.worker_before_create_process.send(sender=self)
+        self._start_processes()
+        # Copies of this process have all that it has loaded: they start while it connects to the broker.
+        if self._threads or self._start_method != "fork":
+            self._await_ready()
+        if self._threads:
+            threading.Thread(target=self._supervise, name="mpworker-results", daemon=True).start()
+        hasten_exit()
+
+    def _start_processes(self) -> None:
+        options = self.handle.options
+        local = child.local_tasks(self.app) if child.describe_app(self.app).place is None else []
+        self._start_method = method = start_method_of(self._settings, local)
+        if method == "fork":
+            child.adopt(self.app)
+        self.handle.options = options._replace(start_method=method)
         self.handle.start()
+        if not local:  # if another dispatcher is needed, this process is not what it was: then a template loads the app
+            self.handle.options = options
+
+    def _await_ready(self) -> None:
         deadline = time.monotonic() + self._settings.ready_timeout + 5.0
         while self.limit and not self.handle.ready and not self.handle.finished and time.monotonic() < deadline:
             self.handle.wait(0.5)
@@ -227,9 +237,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.limit and not self.handle.ready:
             self.handle.kill()
             raise SystemExit(EX_BROKEN)
-        if self._threads:
-            threading.Thread(target=self._supervise, name="mpworker-results", daemon=True).start()
-        hasten_exit()
+        others = time.monotonic() + _READY_TOGETHER
+        while len(self.handle.workers) < self.limit and (left := others - time.monotonic()) > 0:
+            self.handle.wait(left)
+            self._pump()
 
     def did_start_ok(self) -> bool:
         return self.handle.ready or not self.limit
@@ -365,7 +376,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
     # -- events out ----------------------------------------------------------------------------------------------
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Called at the start and after each reconnect of the broker."""
+        """Called before the node says that it is ready, and after each reconnect of the broker."""
+        if not self.handle.generation:
+            self._await_ready()
         self._loop.connect(hub)
         self._wakeup.connect(hub)
         self._failures.send_errbacks()
@@ -508,7 +521,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except PayloadError as exc:
             logger.error("the pool is not restarted: %s", exc)
             return
-        if self.handle.options.start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
+        if self._start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
             logger.warning(
                 "pool_restart: the app is in no module that a worker process could import; its processes are replaced, "
                 "but with the code that this node was started with"
@@ -552,7 +565,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "put-guarded-by-semaphore": self.putlocks,
                 "timeouts": list(self._timeouts),
                 "writes": "N/A",
-                "start-method": self.handle.options.start_method,
+                "start-method": self._start_method,
                 "dispatcher": self.handle.pid,
                 "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
                 "unfinished": len(self._jobs),

@@ -42,11 +42,3 @@ def warn_beyond(env: SlotVariables | None, size: int) -> None:
     """Says so when a pool grows beyond the slots that have variables."""
     if isinstance(env, dict) and size > len(env):
         logger.error("workers from slot %d on get no variables: mpworker_worker_env has none for them", len(env))
-
-
-def start_method_of(settings: Settings) -> str:
-    """The start method, as it has to be when each worker must see its variables before it imports the application."""
-    if settings.worker_env is None or settings.start_method != "auto":
-        return settings.start_method
-    logger.info("start method forkserver: with mpworker_worker_env each worker imports the application by itself")
-    return "forkserver"

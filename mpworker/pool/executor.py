@@ -65,7 +65,7 @@ class ProcessPool(Executor):
 
     Args:
         max_workers: processes; default: :func:`~mpworker.pool.cpus.pool_size`.
-        start_method: ``auto`` (preload in a clean process and fork from it if it is one-threaded, else spawn),
+        start_method: ``auto`` (preload in a clean process and fork from it if that is safe, else spawn),
             ``fork`` (workers get this process' memory as it is at the first task), ``forkserver``, ``spawn``.
         initializer, initargs: called in each worker before its first task. The arguments may be queues, locks and the
             like of a ``spawn`` context of :mod:`multiprocessing`, with ``start_method="fork"`` anything.

@@ -59,10 +59,6 @@ TARGETS = {
 
 #: Where a target is missed for a reason that is known.
 _WHY = {
-    "start, s": "`auto` loads the application once more, in the template, before the node says that it is ready; with "
-    '`mpworker_start_method = "fork"` it does not.',
-    "node, MB": "That template does not share its pages with MainProcess, and the dispatcher is a process of its own; "
-    "each further worker then costs less than one of prefork's, and `fork` shares everything.",
     "10 ms, of the ideal": "MainProcess, by the transport's round trips, is the bound here, for prefork as well.",
     "50 late acks, s": "The same.",
 }
@@ -255,6 +251,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=_HERE)
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     counts = {"trips": 300, "no-op": 4000, "1 ms": 3000, "10 ms": 1000}
     if options.quick:
         counts = {name: count // 4 for name, count in counts.items()}

@@ -16,15 +16,18 @@ from mpworker import ResultStore
 pytest.importorskip("django")
 
 
-@pytest.fixture(scope="module", params=["auto", "fork"])
+@pytest.fixture(scope="module", params=["template", "fork"])
 def clinic(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clinic")
     with sqlite3.connect(folder / "db.sqlite3") as database:
         database.execute("create table clinic_patient (id integer primary key autoincrement, name varchar(100))")
     database.close()
     env = {"DJANGO_SETTINGS_MODULE": "clinic.settings", "PYTHONWARNINGS": "default"}
-    options = {"app": "clinic", "env": env, "config": {"mpworker_start_method": request.param}}
+    env |= {"BESIDE": "1"} if request.param == "template" else {}
+    options = {"app": "clinic", "env": env}
     with running(folder, "-c", "1", **options) as (_, node, client):
+        assert len(node.pids("mpworker: template")) == 1
+        assert ("in a template" in node.log()) is (request.param == "template")
         yield node, client
 
 

@@ -78,7 +78,7 @@ def test_an_idle_node_ends_promptly_and_each_process_says_good_bye(node_of):
 
 def test_a_node_that_still_loads_its_application_ends_at_once(server, tmp_path):
     config = {"include": ["shop.tasks", "shop.odd"]}
-    node = Node(tmp_path / "node", "-c", "1", config=config, env={"SHOP_BROKER": server.broker})
+    node = Node(tmp_path / "node", "-c", "1", config=config, env={"SHOP_BROKER": server.broker, "BESIDE": "1"})
     (node.folder / "slow-children").touch()
     try:
         node.launch()

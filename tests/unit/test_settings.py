@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mpworker.celery.slot_env import slot_env_of, start_method_of, warn_beyond
+from mpworker.celery import start
+from mpworker.celery.slot_env import slot_env_of, warn_beyond
+from mpworker.celery.start import start_method_of
 from mpworker.errors import ConfigurationError
 from mpworker.settings import Settings, default_data_dir, unknown_variables
 
@@ -190,7 +192,13 @@ def test_a_callable_is_asked_for_the_slots_of_a_pool_and_of_a_larger_one(caplog:
     assert endless[299] == {"PORT": "8299"}
 
 
-@pytest.mark.parametrize(("env", "method"), [(None, "auto"), ({"A": "{slot}"}, "forkserver")])
-def test_with_variables_each_worker_imports_the_application_by_itself(env: object, method: str) -> None:
+@pytest.mark.parametrize(
+    ("env", "risk", "method"),
+    [(None, "", "fork"), (None, "has 2 threads", "auto"), ({"A": "{slot}"}, "", "forkserver")],
+)
+def test_with_variables_each_worker_imports_the_application_by_itself(
+    env: object, risk: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "risk_of_forking", lambda: risk)
     assert start_method_of(load(mpworker_worker_env=env)) == method
     assert start_method_of(load(mpworker_worker_env=env, mpworker_start_method="spawn")) == "spawn"

@@ -5,6 +5,9 @@ import os
 
 from celery import Celery
 
+if os.environ.get("BESIDE"):
+    import beside  # noqa: F401
+
 app = Celery(
     "shop",
     broker=os.environ["SHOP_BROKER"],

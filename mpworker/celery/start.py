@@ -1,0 +1,43 @@
+"""How a node's workers start: ``mpworker_start_method``, and what ``auto`` makes of it.
+
+Owns the choice and the one log line that tells it. Never starts anything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from mpworker.pool.forking import risk_of_forking
+from mpworker.settings import Settings
+
+logger = logging.getLogger("mpworker.pool")
+
+
+def start_method_of(settings: Settings, local: Sequence[str] = ()) -> str:
+    """The start method for the main process as it is now; to be asked right before the processes are started.
+
+    Args:
+        local: names of tasks that no import makes again, of an app that no import finds.
+    """
+    method = settings.start_method
+    if method != "auto":
+        if local and method != "fork":
+            logger.error(
+                "worker processes will not know %s: the app is in no module that they could import; "
+                "define it at the top level of one, or set mpworker_start_method to fork",
+                ", ".join(local),
+            )
+        return method
+    if settings.worker_env is not None:
+        logger.info("start method forkserver: with mpworker_worker_env each worker imports the application by itself")
+        return "forkserver"
+    if local:  # a test's app, say
+        why = "the app is in no module that a worker process could import, and %s is local"
+        logger.info(f"start method fork: {why}", local[0])
+        return "fork"
+    if risk := risk_of_forking():
+        logger.info("start method auto: the application is loaded once more, in a template; the main process %s", risk)
+        return "auto"
+    logger.info("start method fork: the main process has loaded the application, and has one thread")
+    return "fork"
