@@ -64,7 +64,7 @@ _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
 #: Seconds that the other workers get once the first one is ready, so that "ready" means all of them if they are few.
-_READY_TOGETHER = 0.2
+_READY_TOGETHER = 1.0
 #: More slots than anybody could wait for.
 _ENOUGH = 1 << 30
 #: New in Celery 5.6.
@@ -238,7 +238,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self.handle.kill()
             raise SystemExit(EX_BROKEN)
         others = time.monotonic() + _READY_TOGETHER
-        while len(self.handle.workers) < self.limit and (left := others - time.monotonic()) > 0:
+        while self.handle.ready_workers < self.limit and (left := others - time.monotonic()) > 0:
             self.handle.wait(left)
             self._pump()
 

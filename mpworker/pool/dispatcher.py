@@ -445,6 +445,7 @@ class Dispatcher:
                     raise ProtocolError(f"worker {crew.slot} is not a child of the dispatcher")
                 began, at = (job, a) if kind is _STARTED else (-1, 0.0)
                 if kind is _READY:
+                    crew.ready = True
                     self._show_workers()
             if broken is not None:
                 raise broken
@@ -510,7 +511,8 @@ class Dispatcher:
             for crew in self._fleet.crews.values()
             if crew.pid and crew.slot != NO_SLOT
         ]
-        everything = {"workers": crews, "pages": list(self._fleet.crews)}
+        ready = sum(crew.ready and crew.lane is Lane.TASKS for crew in self._fleet.crews.values())
+        everything = {"workers": crews, "ready": ready, "pages": list(self._fleet.crews)}
         self._parent.put(Frame(Kind.WORKERS, body=json.dumps(everything).encode()))
 
 

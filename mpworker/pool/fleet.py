@@ -202,6 +202,8 @@ class Crew:
     #: when it was asked for, by ``time.monotonic()``
     asked: float = 0.0
     popen: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    #: it has said so
+    ready: bool = False
     #: its data line has carried garbage
     garbled: bool = False
 

@@ -120,6 +120,8 @@ class Handle:
         self.options = options
         #: the processes, as the dispatcher last told: dicts with pid, slot, lane
         self.workers: list[dict[str, int]] = []
+        #: how many of those for tasks are ready, spares included
+        self.ready_workers = 0
         #: rises when the dispatcher, and with it :meth:`fileno`, has been replaced
         self.generation = 0
         self.finished = False
@@ -470,7 +472,7 @@ class Handle:
         elif kind is Kind.WORKERS:
             told = json.loads(frame.body)
             listed = set(told["pages"])
-            self.workers = list(told["workers"])
+            self.workers, self.ready_workers = list(told["workers"]), int(told["ready"])
             self._listed, listed = listed, self._listed
             for worker in self._pages.keys() & listed - self._listed:  # a page comes before its name
                 self._pages.pop(worker).close()
