@@ -231,6 +231,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         while self.limit and not self.handle.ready and not self.handle.finished and time.monotonic() < deadline:
             self.handle.wait(0.5)
             self._pump()
+            self._loop.keep_alive()
             if worker_state.should_stop is not None or worker_state.should_terminate is not None:
                 self.handle.kill()  # somebody has lost patience with us
                 worker_state.maybe_shutdown()
@@ -377,10 +378,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called before the node says that it is ready, and after each reconnect of the broker."""
-        if not self.handle.generation:
-            self._await_ready()
         self._loop.connect(hub)
         self._wakeup.connect(hub)
+        if not self.handle.ready:
+            self._await_ready()
         self._failures.send_errbacks()
 
     def _supervise(self) -> None:
@@ -411,6 +412,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 except BaseException:
                     logger.exception("a callback of Celery's failed")
             self._loop.follow()
+            if self.handle.generation and self._start_method != self.handle.options.start_method:
+                self._start_method = self.handle.options.start_method
+                logger.warning(
+                    "start method %s from here on: what worker_init has opened is not in the new workers",
+                    self._start_method,
+                )
 
     def _tell_next(self) -> None:
         """Tells Celery of the next event. A signal's handler that comes in between, and waits for all jobs to end,
@@ -521,7 +528,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except PayloadError as exc:
             logger.error("the pool is not restarted: %s", exc)
             return
-        if self._start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
+        if self.handle.options.start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
             logger.warning(
                 "pool_restart: the app is in no module that a worker process could import; its processes are replaced, "
                 "but with the code that this node was started with"

@@ -6,6 +6,7 @@ Owns the choice and the one log line that tells it. Never starts anything.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from mpworker.pool.forking import risk_of_forking
@@ -36,6 +37,8 @@ def start_method_of(settings: Settings, local: Sequence[str] = ()) -> str:
         why = "the app is in no module that a worker process could import, and %s is local"
         logger.info(f"start method fork: {why}", local[0])
         return "fork"
+    if not sys.platform.startswith("linux"):  # where there is no template either, as nobody adopts orphans
+        return "auto"
     if risk := risk_of_forking():
         logger.info("start method auto: the application is loaded once more, in a template; the main process %s", risk)
         return "auto"

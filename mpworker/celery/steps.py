@@ -55,9 +55,9 @@ class Worker(worker.Worker):  # type: ignore[misc]
         check_broker(self.app)
         super().on_before_init(**kwargs)
 
-    def on_start(self) -> None:
-        super().on_start()
-        if self._server is not None:
+    def on_consumer_ready(self, consumer: Any) -> None:
+        super().on_consumer_ready(consumer)
+        if self._server is not None:  # not earlier: beside a thread the main process cannot be forked
             _Keeper(self._server.data_dir).start()
 
 

@@ -78,7 +78,7 @@ def launch(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes], sock
     return process, ours
 
 
-def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes] | _Forked, socket.socket]:
+def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[_Forked, socket.socket]:
     """As :func:`launch`, but with a template that is a fork of *this* process as it stands.
 
     The forked child forks the template, so that this is its child, and becomes the dispatcher: as it is if nothing
@@ -89,10 +89,13 @@ def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[subprocess.Popen[bytes
     ours, theirs = socket.socketpair()
     line, template_end = socket.socketpair()
     forking.flush_streams()
-    pid = os.fork()
-    if pid == 0:
-        gc.freeze()  # nothing of the parent's is ours to clean up
-        _become_dispatcher(ours, theirs, line, template_end, heirlooms, by_exec=not clean)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))  # in the child they would find our handlers
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _become_dispatcher(ours, theirs, line, template_end, heirlooms, by_exec=not clean)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     line.close()
     template_end.close()
@@ -110,6 +113,9 @@ def _become_dispatcher(
     by_exec: bool,
 ) -> None:
     try:
+        gc.freeze()  # nothing of the parent's is ours to clean up
+        for number in forking.FOR_THE_NODE:
+            signal.signal(number, lambda *_: None)  # exec undoes it
         os.setsid()
         ours.close()
         bulk.abandon()
@@ -123,6 +129,7 @@ def _become_dispatcher(
 
             template_module.serve(template_end, dispatcher, preload=False)
             os._exit(0)
+        template_end.close()  # or its end would never be seen
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
         for fd in heirlooms:

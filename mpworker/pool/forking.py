@@ -1,12 +1,14 @@
 """Whether this process may be forked: what its copies could not use.
 
-Owns the question. Forks only to see which threads stay; that child does nothing at all.
+Owns the question. Forks only to see which threads stay; that child ends at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -15,6 +17,9 @@ import warnings
 from types import BuiltinFunctionType
 
 from mpworker.pool import linux
+
+#: Signals that mean the node, if they reach all of its processes; a fork of the main process has its handlers.
+FOR_THE_NODE = signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
 
 def flush_streams() -> None:
@@ -53,5 +58,6 @@ def _threads_that_stay() -> int:
             child = os.fork()
         if child == 0:
             os._exit(0)
-        os.waitpid(child, 0)
-    return linux.native_threads()
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, or somebody else has waited for it
+            os.waitpid(child, 0)
+    return max(linux.native_threads(), threading.active_count())

@@ -145,7 +145,12 @@ class Nursery:
 
     def _reopen(self) -> None:
         if self._method == "fork":
-            self._method = "auto"  # the parent's memory cannot be had again
+            self._method = "auto"
+            self._owner.log(
+                logging.WARNING,
+                "new workers load the application by themselves: the memory that the first ones were forked with, and "
+                "what worker_init had opened there, cannot be had again",
+            )
         self.open()
 
     def _fail(self, why: str) -> None:

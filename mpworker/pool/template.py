@@ -18,9 +18,6 @@ from mpworker.pool.child import become_worker  # here, so that no worker has to 
 from mpworker.pool.frames import HEADER_SIZE, Frame, FrameReader, Kind, encode
 from mpworker.pool.title import set_title
 
-#: Meant for the node, if they reach all of its processes; in a fork of the main process they had its handlers.
-_NOT_FOR_US = signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
-
 
 def main(fd: str, dispatcher: str, *_: str) -> None:
     """Entry of the process."""
@@ -39,8 +36,9 @@ def serve(line: socket.socket, dispatcher: int, preload: bool = True) -> None:
         preload: ``False`` in a fork of the parent: everything is loaded already.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's SIG_IGN is inherited, and then nobody can be waited for
-    for number in _NOT_FOR_US:
+    for number in forking.FOR_THE_NODE:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     frame, _ = _receive(line)
     if frame is None or frame.kind is not Kind.BOOT:
         return

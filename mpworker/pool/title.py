@@ -23,6 +23,9 @@ def set_title(title: str) -> bool:
         return False
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(title.removeprefix("mpworker: ")[:15])
+    if (setproctitle := sys.modules.get("setproctitle")) is not None:  # its own place for titles is not where we look
+        setproctitle.setproctitle(title)
+        return True
     try:
         import ctypes
 

@@ -37,6 +37,19 @@ def hold(gate):
         time.sleep(0.02)
     return {text!r}, os.getpid()
 """
+#: Its name is that of a function in a function, which no import makes again; by the module, it does.
+LOCAL = """
+
+def plain(function):
+    def call():
+        return function()
+    return call
+
+@app.task(name="wheels.local")
+@plain
+def local():
+    return 1
+"""
 MORE = """
 from mill import app
 
@@ -49,7 +62,8 @@ def polish():
 @pytest.mark.parametrize("method", ["auto", "template", "spawn", "fork"])
 def test_new_code_without_a_new_node(method: str, tmp_path: Path) -> None:
     (tmp_path / "mill.py").write_text(APP)
-    (tmp_path / "wheels.py").write_text(WHEELS.format(text="old"))
+    more = LOCAL if method == "auto" else ""
+    (tmp_path / "wheels.py").write_text(WHEELS.format(text="old") + more)
     with Server() as server, client_of(server) as client:
         env = {"BROKER": server.broker, "RESULTS": server.results, "METHOD": method}
         with Node(tmp_path / "node", "-c", "2", app="mill", cwd=tmp_path, env=env) as node:
@@ -63,7 +77,7 @@ def test_new_code_without_a_new_node(method: str, tmp_path: Path) -> None:
             held = client.send_task("wheels.hold", args=(str(gate),))
             eventually(lambda: Path(f"{gate}.here").exists(), what="it runs")
 
-            (tmp_path / "wheels.py").write_text(WHEELS.format(text="new, and longer"))
+            (tmp_path / "wheels.py").write_text(WHEELS.format(text="new, and longer") + more)
             (tmp_path / "more.py").write_text(MORE)
             assert "ok" in control(client, node, "pool_restart", modules=["wheels", "more"], reload=True)
             text, pid = eventually(lambda: (answer := run("wheels.turn"))[0] != "old" and answer, what="new code")

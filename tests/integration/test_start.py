@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.node import PATIENCE, Node, Server, client_of, eventually
+from integration.node import PATIENCE, Node, Server, ask, client_of, eventually
 
 APP = """
 import os, threading
@@ -81,6 +81,36 @@ def test_a_main_process_with_one_thread_is_forked_as_prefork_does(mint: Callable
     os.kill(worker, signal.SIGKILL)
     eventually(lambda: len(set(node.pids("mpworker: worker")) - {worker}) == 2, what="a replacement")
     assert know(client) == found
+
+
+def test_a_lost_template_is_replaced_by_one_that_loads_the_application(
+    mint: Callable[..., tuple[Node, Any]],
+) -> None:
+    node, client = mint("", "--max-tasks-per-child", "1")
+    know(client)
+    (template,) = node.pids("mpworker: template")
+    os.kill(template, signal.SIGKILL)
+    assert [know(client)["model"] for _ in range(6)][-1] is None
+    assert node.log().count("what worker_init had opened there, cannot be had again") == 1
+    assert len(node.pids("mpworker: template")) == 1
+
+
+def test_a_lost_dispatcher_is_replaced_by_one_that_forks_nothing_of_ours(
+    mint: Callable[..., tuple[Node, Any]],
+) -> None:
+    node, client = mint()
+    know(client)
+    (dispatcher,) = node.pids("mpworker: dispatcher")
+    os.kill(dispatcher, signal.SIGKILL)
+    eventually(lambda: know(client)["model"] is None, what="workers of a template")
+    assert node.log().count("what worker_init has opened is not in the new workers") == 1
+    assert ask(client, node, "stats")["pool"]["start-method"] == "auto"
+
+
+def test_the_bundled_server_is_in_nobodys_way(tmp_path: Path) -> None:
+    node = Node(tmp_path / "node", "-c", "1", app="mpworker", cwd=tmp_path)
+    with node:
+        assert said(node) == ["fork: the main process has loaded the application, and has one thread"]
 
 
 def test_beside_a_thread_the_application_is_loaded_by_a_template(mint: Callable[..., tuple[Node, Any]]) -> None:

@@ -240,6 +240,49 @@ if __name__ == "__main__":
     assert (ended.code, ended.out, ended.err) == (0, "1\n", "")
 
 
+def test_a_script_with_one_thread_gets_a_new_template(tmp_path: Path) -> None:
+    """Its dispatcher is a fork of it, which has inherited both ends of the line to the template."""
+    script = """
+import os, signal, support
+from pathlib import Path
+from mpworker import ProcessPool
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with ProcessPool(1, start_method="fork", max_tasks_per_worker=1) as pool:
+        print(pool.submit(support.give, 1).result(30))
+        for pid in support.children_of(pool.stats()["dispatcher"]):
+            if Path(f"/proc/{pid}/comm").read_text() == "template" + chr(10):
+                os.kill(pid, signal.SIGKILL)
+        print([pool.submit(support.give, number).result(30) for number in range(4)])
+"""
+    ended = support.run_script(script, tmp_path)
+    assert (ended.code, ended.out) == (0, "1\n[0, 1, 2, 3]\n"), ended.err
+    assert "cannot be had again" in ended.err
+
+
+def test_a_thread_that_ends_at_a_fork_is_no_reason_against_it_where_children_are_ignored(tmp_path: Path) -> None:
+    script = """
+import _thread, os, signal, threading
+from mpworker.pool.forking import risk_of_forking
+begun, end = threading.Event(), threading.Event()
+def work():
+    begun.set()
+    end.wait()
+def stop():
+    end.set()
+    while len(os.listdir("/proc/self/task")) > 1:
+        pass
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+_thread.start_new_thread(work, ())
+begun.wait()
+assert threading.active_count() == 1
+os.register_at_fork(before=stop)
+print(repr(risk_of_forking()))
+"""
+    ended = support.run_script(script, tmp_path)
+    assert (ended.code, ended.out, ended.err) == (0, "''\n", "")
+
+
 @pytest.mark.parametrize("method", ["auto", "fork"])
 def test_where_orphans_cannot_be_adopted_workers_are_spawned(method: str, tmp_path: Path) -> None:
     """As on macOS, or where a filter of system calls refuses it."""
