@@ -20,6 +20,7 @@ from celery.loaders.app import AppLoader
 from kombu.exceptions import OperationalError
 
 from mpworker import embedded
+from mpworker.celery.queueing import mark_what_is_sent
 from mpworker.errors import ConfigurationError
 from mpworker.settings import PREFIX, Settings
 
@@ -74,6 +75,7 @@ def install(app: Celery) -> Celery:
         app.on_after_configure.connect(_complete_installed, weak=False, dispatch_uid="mpworker.install")
         signals.import_modules.connect(_check_installed, weak=False, dispatch_uid="mpworker.check")
         _connect_worker_signals()
+        mark_what_is_sent()
     if app.configured:
         _complete_installed(sender=app)
     return app
@@ -160,6 +162,7 @@ class DefaultApp(Celery):  # type: ignore[misc]
     def on_init(self) -> None:
         self.on_after_configure.connect(_complete_default, weak=False, dispatch_uid="mpworker.default")
         _connect_worker_signals()
+        mark_what_is_sent()
 
     @cached_property
     def Worker(self) -> Any:

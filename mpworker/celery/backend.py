@@ -29,7 +29,7 @@ from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.journal import Journal, Place
-from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, runtime_of, store_name
+from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, queueing_of, runtime_of, store_name
 from mpworker.settings import Settings
 
 logger = get_logger(__name__)
@@ -333,6 +333,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             result=meta["result"],
             traceback=None if traceback is None else str(traceback),
             runtime=runtime_of(task_id) if finished else None,
+            queued=queueing_of(task_id),
             hostname=getattr(request, "hostname", None) or node,
             retries=getattr(request, "retries", None) or 0,
             key=self.get_key_for_task(task_id).decode(),

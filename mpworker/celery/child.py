@@ -32,6 +32,7 @@ from mpworker.celery import hooks, progress, task_log
 from mpworker.celery.app import is_default
 from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
+from mpworker.celery.queueing import waited
 from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
 from mpworker.pool.jobs import Lane
@@ -262,7 +263,7 @@ def run(target: Callable[..., Any], *args: Any) -> Any:
     hooks.follow(task_id)
     progress.follow(*args[:3])
     task_log.follow(task_id)
-    task_begins(task_id)
+    task_begins(task_id, queued=waited(args[2]))
     try:
         return target(*args)
     except BaseException as exc:

@@ -40,6 +40,7 @@ from mpworker.celery.limits import limits_of
 from mpworker.celery.loop import LoopLink
 from mpworker.celery.models import register_models
 from mpworker.celery.poison import Deaths
+from mpworker.celery.queueing import mark_what_is_received
 from mpworker.celery.slot_env import slot_env_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
@@ -202,6 +203,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         child.keep_logs_whole()
         self._outage.connect()
         self._hooks.connect()
+        mark_what_is_received()
         self._soft.connect()
         self._gate.connect()
         if self._settings.task_log:

@@ -17,6 +17,7 @@ from kombu.compression import encoders as _known_encoders
 from mpworker import embedded
 from mpworker.celery.app import settings_of, uses_embedded
 from mpworker.celery.deadletters import DeadLetter, Letters, local_letters, shared_letters
+from mpworker.celery.queueing import RECEIVED, SENT
 from mpworker.errors import ConfigurationError, RequeueError
 from mpworker.results.record import describe
 
@@ -128,7 +129,7 @@ def send(app: Celery, letter: DeadLetter, patience: float) -> None:
         Exception: whatever the transport raises when the broker does not take it.
     """
     compression = letter.headers.get("compression")  # kombu takes it off when a message comes in
-    headers = {key: value for key, value in letter.headers.items() if key != "compression"}
+    headers = {key: value for key, value in letter.headers.items() if key not in ("compression", SENT, RECEIVED)}
     with app.connection_for_write(connect_timeout=patience) as connection:
         if connection.transport.driver_type == "redis":
             for option in ("socket_connect_timeout", "socket_timeout"):

@@ -38,11 +38,12 @@ def list_results(store: ResultStore, form: str, follow: bool, options: Mapping[s
     Raises:
         ValueError: a time makes no sense.
     """
+    coming = store.from_now()
     found = list(store.query(**{**options, "newest_first": True}))[::-1]
     print_rows([_row(record, form) for record in found], form, "no results")
     if follow:
         newest = max((record.timestamp for record in found), default=timestamp_now())
-        for record in _more(store, newest, {**options, "limit": None}):
+        for record in _more(coming, newest, {**options, "limit": None}):
             print_rows([_row(record, form)], form, "", header=False)
             sys.stdout.flush()
 
@@ -134,6 +135,9 @@ def _counts(by: str, name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
         "p50": duration(counts["p50_runtime"]),
         "p95": duration(counts["p95_runtime"]),
         "p99": duration(counts["p99_runtime"]),
+        "waited p50": duration(counts["p50_queueing"]),
+        "p95 ": duration(counts["p95_queueing"]),
+        "p99 ": duration(counts["p99_queueing"]),
     }
 
 

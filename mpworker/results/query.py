@@ -1,7 +1,8 @@
 """The result store: adds results to journal files, and filters, pages and counts what they hold.
 
 Owns the question "what is this task's state now". Keeps a small tuple per task in memory and reads a record from its
-file when it is asked for. Never imports Celery, never asks Redis, never changes a line.
+file when it is asked for; what a filter finds in large files, it searches there. Never imports Celery, never asks
+Redis, never changes a line.
 
 A task's state is its latest record by timestamp, with two exceptions: what is not terminal never displaces what is, and
 a SUCCESS that Celery stored is never displaced (Celery's own rule; Redis keeps it too).
@@ -15,21 +16,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from sys import intern
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from mpworker.results.glance import Glance, read_glances
 from mpworker.results.journal import SUFFIX, Journal
-from mpworker.results.reader import Tally, read_at, read_glances
-from mpworker.results.record import TERMINAL, Glance, Record, canonical
+from mpworker.results.reader import Tally, read_at
+from mpworker.results.record import TERMINAL, Record, canonical
+from mpworker.results.scan import MOST, Order, Wanted, candidates, mapping, parts_of, records_of
 
 _FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})
 _PENDING = frozenset({"PENDING", "RECEIVED", "RETRY"})
 #: How the message of a task begins whose process died; Celery's name for it, and the pool's.
 _LOST = ("WorkerLostError", "WorkerLost", "PoisonMessage")
+#: Bytes not yet read from where on a filter searches the files and notes nothing.
+_LARGE = 32 << 20
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
 
@@ -41,6 +46,7 @@ class _Seen(NamedTuple):
     status: str
     name: str | None
     runtime: float | None
+    queued: float | None
     path: Path
     offset: int
     #: a SUCCESS that Celery stored
@@ -146,14 +152,13 @@ class ResultStore:
         if limit is not None and (isinstance(limit, bool) or limit < 0):
             raise ValueError(f"limit must be 0 or more, not {limit!r}")
         state = None if status is None else canonical(status)
-        found = [
-            seen
-            for key, seen in self._within(since, until)
-            if (state is None or seen.status == state)
-            and (name is None or (seen.name is not None and fnmatchcase(seen.name, name)))
-            and (task_id is None or fnmatchcase(key, task_id))
-            and (worker is None or fnmatchcase(seen.worker, worker))
-        ]
+        wanted = Wanted(state, name, task_id, worker, *_between(since, until))
+        with self._lock:
+            if self._unread() > _LARGE:
+                return self._search(wanted, limit, newest_first)
+            self._refresh()
+            tasks = list(self._tasks.items())
+        found = [seen for key, seen in tasks if _fits(wanted, key, seen)]
         # Stable: records of one instant stay in the order in which they were written.
         found.sort(key=lambda seen: seen.stamp)
         if newest_first:
@@ -163,23 +168,65 @@ class ResultStore:
     def _within(
         self, since: datetime | float | str | None, until: datetime | float | str | None
     ) -> Iterator[tuple[str, _Seen]]:
-        after = -math.inf if since is None else _moment(since, "since")
-        before = math.inf if until is None else _moment(until, "until")
+        after, before = _between(since, until)
         with self._lock:
             self._refresh()
             tasks = list(self._tasks.items())
         return ((task_id, seen) for task_id, seen in tasks if after <= seen.stamp <= before)
 
+    def from_now(self) -> ResultStore:
+        """The same files, without what is in them now: for who follows what comes."""
+        store = ResultStore(self.path)
+        for path in store._paths():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                store._read[path] = _Place(status.st_ino, status.st_size)
+        return store
+
+    def _unread(self) -> int:
+        """Bytes that have not been looked at yet."""
+        total = 0
+        for path in self._paths():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size - (self._read[path].end if path in self._read else 0)
+        return total
+
+    def _search(self, wanted: Wanted, limit: int | None, newest: bool) -> Iterator[Record]:
+        """As :meth:`query`, of files too large to note every task in them."""
+        parts = parts_of(self._paths())
+        order = Order(newest, MOST if limit is None else min(MOST, 2 * limit + 1000))
+        while limit is None or limit > 0:
+            tasks: dict[str, _Seen] = {}
+            with mapping(parts) as each:
+                lines = candidates(each, parts, wanted, order)
+                for entry in records_of(each, parts, frozenset(task_id for _, task_id in lines)):
+                    _note(tasks, *entry)
+            found = []
+            for key, task_id in lines:
+                seen = tasks.get(task_id)
+                if seen and (seen.stamp, str(seen.path), seen.offset) == key and _fits(wanted, task_id, seen):
+                    found.append(seen)
+            for record in self._records(found, limit):
+                limit = None if limit is None else limit - 1
+                yield record
+            if len(lines) < order.most:
+                return
+            order = order._replace(behind=lines[-1][0])
+
     @staticmethod
     def _records(found: list[_Seen], limit: int | None) -> Iterator[Record]:
         given = 0
-        for seen in found:
-            if limit is not None and given >= limit:
-                return
-            record = read_at(seen.path, seen.offset)
-            if record is not None:
-                given += 1
-                yield record if record.name else replace(record, name=seen.name)
+        with ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {}
+            for seen in found:
+                if limit is not None and given >= limit:
+                    return
+                with suppress(FileNotFoundError):  # rotated away meanwhile
+                    file = files.get(seen.path) or stack.enter_context(seen.path.open("rb"))
+                    files[seen.path] = file
+                    if (record := read_at(file, seen.offset)) is not None:
+                        given += 1
+                        yield record if record.name else replace(record, name=seen.name)
 
     def get_statistics(self) -> dict[str, Any]:
         """Counts each task once, by its latest state.
@@ -189,6 +236,7 @@ class ResultStore:
             ``running``, ``pending`` (waits, also for a retry), ``retried`` (at least once; counted beside the others),
             ``success_rate`` (percent of completed + failed, 0.0 to 100.0; 0.0 before any is finished),
             ``mean_runtime``, ``p50_runtime``, ``p95_runtime``, ``p99_runtime``, ``max_runtime`` (seconds or ``None``),
+            the same with ``queueing`` (from when the task could have begun to when it did, where that is known),
             ``first_timestamp``, ``last_timestamp`` (ISO 8601 or ``None``), ``throughput`` (finished tasks per second
             between those two), ``torn_lines``.
         """
@@ -248,31 +296,14 @@ class ResultStore:
     def _read_on(self, path: Path, start: int) -> int:
         tally = Tally(end=start)
         for found, offset in read_glances(path, tally, start):
-            self._note(found, path, offset)
+            stamp = _note(self._tasks, found, path, offset)
+            if stamp is None:
+                self._torn += 1
+            else:
+                self._first = stamp if self._first is None else min(self._first, stamp)
+                self._last = stamp if self._last is None else max(self._last, stamp)
         self._torn += tally.torn
         return tally.end
-
-    def _note(self, record: Glance, path: Path, offset: int) -> None:
-        try:
-            stamp = datetime.fromisoformat(record.timestamp).timestamp()
-        except ValueError:
-            self._torn += 1
-            return
-        self._first = stamp if self._first is None else min(self._first, stamp)
-        self._last = stamp if self._last is None else max(self._last, stamp)
-        if record.superseded or record.chord:
-            return
-        status, old = intern(canonical(record.status)), self._tasks.get(record.task_id)
-        name = intern(record.name) if record.name else None
-        retried = record.retries > 0 or status == "RETRY"
-        fixed = status == "SUCCESS" and record.key is not None
-        lost = status in _FAILED and record.message.startswith(_LOST)
-        new = _Seen(stamp, status, name, record.runtime, path, offset, fixed, retried, intern(record.hostname), lost)
-        if old is not None:
-            # Writers that only know the id (a revoke) leave the name to those that knew it.
-            winner = new if _displaces(new, old) else old
-            new = winner._replace(name=new.name or old.name, retried=new.retried or old.retried)
-        self._tasks[record.task_id] = new
 
 
 _GROUPS: dict[str, Callable[[_Seen], str]] = {
@@ -281,6 +312,34 @@ _GROUPS: dict[str, Callable[[_Seen], str]] = {
     "worker": lambda seen: seen.worker,
     "hour": lambda seen: f"{datetime.fromtimestamp(seen.stamp, UTC):%Y-%m-%dT%H:00Z}",
 }
+
+
+def _note(tasks: dict[str, _Seen], record: Glance, path: Path, offset: int) -> float | None:
+    """Has a record count for its task; returns when it was written, or ``None`` if it does not say so."""
+    try:
+        stamp = datetime.fromisoformat(record.timestamp).timestamp()
+    except ValueError:
+        return None
+    if record.superseded or record.chord:
+        return stamp
+    status, old = intern(canonical(record.status)), tasks.get(record.task_id)
+    name = intern(record.name) if record.name else None
+    retried = record.retries > 0 or status == "RETRY"
+    fixed = status == "SUCCESS" and record.key is not None
+    lost = status in _FAILED and record.message.startswith(_LOST)
+    worker, times = intern(record.hostname), (record.runtime, record.queued)
+    new = _Seen(stamp, status, name, *times, path, offset, fixed, retried, worker, lost)
+    if old is not None:
+        # Writers that only know the id (a revoke) leave the name to those that knew it.
+        winner = new if _displaces(new, old) else old
+        new = winner._replace(name=new.name or old.name, retried=new.retried or old.retried)
+    tasks[record.task_id] = new
+    return stamp
+
+
+def _fits(wanted: Wanted, task_id: str, seen: _Seen) -> bool:
+    named = wanted.name is None or seen.name is not None
+    return named and wanted.fits(task_id, seen.status, seen.name, seen.worker, seen.stamp)
 
 
 def _count(tasks: Sequence[_Seen], first: float | None, last: float | None) -> dict[str, Any]:
@@ -300,14 +359,21 @@ def _count(tasks: Sequence[_Seen], first: float | None, last: float | None) -> d
         "retried": sum(seen.retried for seen in tasks),
         "running": len(tasks) - finished - pending,
         "pending": pending,
-        "mean_runtime": sum(runtimes) / len(runtimes) if runtimes else None,
-        "p50_runtime": _percentile(runtimes, 0.50),
-        "p95_runtime": _percentile(runtimes, 0.95),
-        "p99_runtime": _percentile(runtimes, 0.99),
-        "max_runtime": runtimes[-1] if runtimes else None,
+        **_times("runtime", runtimes),
+        **_times("queueing", sorted(s.queued for s in tasks if s.queued is not None)),
         "first_timestamp": None if first is None else _iso(first),
         "last_timestamp": None if last is None else _iso(last),
         "throughput": finished / span if span > 0 else 0.0,
+    }
+
+
+def _times(what: str, ordered: list[float]) -> dict[str, float | None]:
+    return {
+        f"mean_{what}": sum(ordered) / len(ordered) if ordered else None,
+        f"p50_{what}": _percentile(ordered, 0.50),
+        f"p95_{what}": _percentile(ordered, 0.95),
+        f"p99_{what}": _percentile(ordered, 0.99),
+        f"max_{what}": ordered[-1] if ordered else None,
     }
 
 
@@ -341,6 +407,11 @@ def _epoch(value: datetime | float | str, what: str) -> float:
     except (TypeError, ValueError, OverflowError, OSError):
         raise ValueError(f"{what} must be a datetime, a number of seconds or ISO 8601 text, not {value!r}") from None
     return epoch
+
+
+def _between(since: datetime | float | str | None, until: datetime | float | str | None) -> tuple[float, float]:
+    after = -math.inf if since is None else _moment(since, "since")
+    return after, math.inf if until is None else _moment(until, "until")
 
 
 def _moment(value: datetime | float | str, what: str) -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED_AT, UNSHIPPED, Glance, Record, glance
+from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED_AT, UNSHIPPED, Record
 
 #: What reading a broken line may raise.
 _BROKEN = (ValueError, TypeError, RecursionError)
@@ -59,34 +59,12 @@ def read_entries(
                 if unshipped and _is_shipped(line):
                     tally.end = offset + len(line)
                 else:
-                    yield from _read_line(line, path, offset, tally)
+                    yield from read_line(line, path, offset, tally)
                 offset += len(line)
                 if not line.endswith(b"\n"):
                     # Perhaps a record that is being written at this moment: its rest, which the next read might bring,
                     # must not be taken for a line of its own.
                     break
-
-
-def read_glances(path: Path, tally: Tally, start: int = 0) -> Iterator[tuple[Glance, int]]:
-    """As :func:`read_entries`, for one file, and of each record only what is quick to read, and its offset."""
-    tally.end = offset = start
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    with file:
-        file.seek(start)
-        for line in file:
-            found = glance(line)
-            if found is not None:
-                tally.end = offset + len(line)
-                yield found, offset
-            else:
-                for entry in _read_line(line, path, offset, tally):
-                    yield Glance.at(entry.record), entry.offset
-            offset += len(line)
-            if not line.endswith(b"\n"):  # see read_entries
-                break
 
 
 def _is_shipped(line: bytes) -> bool:
@@ -95,7 +73,8 @@ def _is_shipped(line: bytes) -> bool:
     return known and line[SHIPPED_AT : SHIPPED_AT + 1] != UNSHIPPED
 
 
-def _read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[Entry]:
+def read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[Entry]:
+    """The record of one line, if there is a whole one in it."""
     end = offset + len(line)
     if not line.strip():
         tally.end = end
@@ -118,11 +97,10 @@ def _read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[E
         tally.unfinished += 1
 
 
-def read_at(path: Path, offset: int) -> Record | None:
+def read_at(file: BinaryIO, offset: int) -> Record | None:
     """The record that begins there; ``None`` when it is gone or broken."""
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return Record.from_line(file.readline())
+        file.seek(offset)
+        return Record.from_line(file.readline())
     except (OSError, *_BROKEN):
         return None

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 VERSION = 1
 #: What every line of every version opens with; only a line's opening contains it.
@@ -39,9 +38,6 @@ UNSHIPPED, SHIPPED, SUPERSEDED = b"0", b"1", b"2"
 
 #: Characters of a message in a summary.
 _SUMMARY = 200
-
-#: Names that are kept for those that are the same.
-_MOST_TEXTS = 10_000
 
 _ALIASES = {
     "SUCCESS": "complete completed done finished ok succeed succeeded successful",
@@ -64,6 +60,12 @@ def canonical(status: str) -> str:
     text = status.strip()
     key = text.lower().replace("-", "_").replace(" ", "_")
     return _CANONICAL.get(key) or key.upper()
+
+
+def aliases(state: str) -> list[str]:
+    """The texts that mean a canonical state, in small letters, with the signs that may part their words."""
+    words = [state.lower(), *_ALIASES.get(state, "").split()]
+    return [variant for word in words for variant in sorted({word, word.replace("_", " "), word.replace("_", "-")})]
 
 
 def timestamp_now() -> str:
@@ -122,6 +124,8 @@ class Record:
     timestamp: str = field(default_factory=timestamp_now)
     #: seconds
     runtime: float | None = None
+    #: seconds that the task waited before it began; ``None`` where that is not known
+    queued: float | None = None
     process_id: int = field(default_factory=os.getpid)
     hostname: str = field(default_factory=socket.gethostname)
     #: how many retries preceded this run
@@ -173,6 +177,7 @@ class Record:
             "traceback": traceback,
             "timestamp": self.timestamp,
             "runtime": None if self.runtime is None else round(self.runtime, 6),
+            **({} if self.queued is None else {"queued": round(self.queued, 6)}),
             "process_id": self.process_id,
             "hostname": self.hostname,
             "retries": self.retries,
@@ -199,9 +204,9 @@ class Record:
         values = {name: data[name] for name in _NAMES & data.keys()}
         if "payload64" in data:
             values["payload"] = base64.b64decode(data["payload64"])
-        runtime = values.get("runtime")
-        if runtime is not None and not isinstance(runtime, int | float):
-            raise ValueError("runtime must be a number of seconds")
+        for name in ("runtime", "queued"):
+            if values.get(name) is not None and not isinstance(values[name], int | float):
+                raise ValueError(f"{name} must be a number of seconds")
         for name in ("dead", "chord"):
             values[name] = values.get(name) is True
         return cls(**values, shipped=bool(mark), superseded=mark == 2)
@@ -235,92 +240,21 @@ class Record:
         return getattr(self, name) if name in _READABLE else default
 
 
-class Glance(NamedTuple):
-    """What of a record tells what has become of a task; fields as :class:`Record`'s."""
-
-    task_id: str
-    name: str | None
-    status: str
-    #: the beginning of the message
-    message: str
-    timestamp: str
-    runtime: float | None
-    hostname: str
-    retries: int
-    key: str | None
-    superseded: bool
-    chord: bool
-
-    @classmethod
-    def at(cls, record: Record) -> Glance:
-        return cls(*(getattr(record, name) for name in cls._fields))
-
-
-# A line as to_line() writes it. Nothing in these strings is escaped, or they do not match.
-_BEGINS = re.compile(
-    rb'\{"v": 1, "shipped": ([012]), "task_id":"([^"\\]*)","name":(?:null|"([^"\\]*)"),"status":"([^"\\]*)",'
-    rb'"message":"([^"\\]{0,32})'
-)
-_ENDS = re.compile(
-    rb',"timestamp":"([^"\\]*)","runtime":(null|-?[0-9.e+-]+),"process_id":[0-9]+,"hostname":"([^"\\]*)",'
-    rb'"retries":([0-9]+),"key":"([^"\\]*)",'
-)
-_TEXTS: dict[bytes, str] = {}
-
-
-def glance(line: bytes) -> Glance | None:
-    """Reads a whole line without decoding all of it; ``None`` if that takes a closer look.
-
-    In a line that was written here the last unescaped ``,"timestamp":"`` is the record's own: what follows it are
-    numbers and strings, in which each quote is escaped.
-    """
-    begins = _BEGINS.match(line)
-    if begins is None or line.rfind(OPENING) or not line.endswith(b"}\n"):
-        return None
-    ends = _ENDS.match(line, line.rfind(b',"timestamp":"'))
-    if ends is None:
-        return None
-    mark, task_id, name, status, message = begins.groups()
-    timestamp, runtime, hostname, retries, key = ends.groups()
-    return Glance(
-        task_id.decode(),
-        None if name is None else _text(name),
-        _text(status),
-        message.decode(),
-        timestamp.decode(),
-        None if runtime == b"null" else float(runtime),
-        _text(hostname),
-        int(retries),
-        key.decode(),
-        mark == SUPERSEDED,
-        False,  # parts of chords have no key
-    )
-
-
-def _text(raw: bytes) -> str:
-    """One string for all equal ones, of which there are few."""
-    text = _TEXTS.get(raw)
-    if text is None:
-        text = raw.decode()
-        if len(_TEXTS) < _MOST_TEXTS:
-            _TEXTS[raw] = text
-    return text
-
-
 _NAMES = frozenset(f.name for f in fields(Record)) - {"shipped", "superseded"}
 _READABLE = _NAMES | {"shipped", "superseded", "response_data"}
 
-#: The task that this thread runs: its id and when it began by the monotonic clock.
-_running: ContextVar[tuple[str, float] | None] = ContextVar("mpworker_running", default=None)
+#: The task that this thread runs: its id, when it began by the monotonic clock, and how long it had waited.
+_running: ContextVar[tuple[str, float, float | None] | None] = ContextVar("mpworker_running", default=None)
 
 
-def task_begins(task_id: str, at: float | None = None) -> None:
+def task_begins(task_id: str, at: float | None = None, queued: float | None = None) -> None:
     """Notes that this thread starts a task, so that its record can tell the run time.
 
     Args:
         at: seconds of the monotonic clock; default now.
+        queued: seconds that it had waited, if that is known.
     """
-    _running.set((task_id, time.monotonic() if at is None else at))
+    _running.set((task_id, time.monotonic() if at is None else at, queued))
 
 
 def task_ends() -> None:
@@ -332,3 +266,9 @@ def runtime_of(task_id: str) -> float | None:
     """Seconds since the task began, if it is the one that this thread runs; else ``None``."""
     running = _running.get()
     return time.monotonic() - running[1] if running and running[0] == task_id else None
+
+
+def queueing_of(task_id: str) -> float | None:
+    """Seconds that a task had waited before it began, if it is the one that this thread runs; else ``None``."""
+    running = _running.get()
+    return running[2] if running and running[0] == task_id else None

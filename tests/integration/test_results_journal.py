@@ -66,6 +66,7 @@ def test_one_line_for_each_change_of_state(shop):
     last = lines[-1]
     assert (last["result"], last["retries"], last["traceback"]) == (1, 1, None)
     assert 0 <= last["runtime"] < 30
+    assert 0 <= last["queued"] < 30
     assert server.client().get(last["key"]) == last["payload"]
     assert "OSError: try 0" in lines[1]["message"]
 

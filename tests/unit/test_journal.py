@@ -47,7 +47,8 @@ def test_a_new_day_opens_a_new_file(tmp_path: Path) -> None:
     assert ids(tmp_path) == ["a", "b"]
     # A result stored just before midnight is marked just after it.
     assert journal.mark(first)
-    found = read_at(Path(first.path), first.offset)
+    with Path(first.path).open("rb") as file:
+        found = read_at(file, first.offset)
     assert found is not None
     assert found.shipped
 
@@ -114,7 +115,8 @@ def test_a_record_glued_to_a_torn_one_is_found(tmp_path: Path) -> None:
     assert tally.torn == 1
     assert entries[1].offset == place.offset
     assert journal.mark(place)
-    found = read_at(journal.path(), place.offset)
+    with journal.path().open("rb") as file:
+        found = read_at(file, place.offset)
     assert found is not None
     assert found.shipped
 

@@ -39,12 +39,13 @@ MAY_LATER = {
     "model": {"celery"},  # only with broker=
     "guard": {"pool"},  # the title
     "cli": {"celery"},
+    "results": {"pool"},  # to look through a large journal with more than one processor
     "pytest_plugin": {"__init__", "celery", "embedded"},
 }
 HEAVY = {"celery", "kombu", "billiard", "vine"}
 #: Libraries, besides HEAVY in mpworker/celery, that a room may need.
 LIBRARIES = {"celery": {*HEAVY, "redis", "click"}, "monitor": {"rich"}, "cli": {"click", "rich"}, "demo": {"rich"}}
-LIBRARIES["pytest_plugin"] = {"pytest"}
+LIBRARIES |= {"results": {"msgspec"}, "pytest_plugin": {"pytest"}}
 LATER_LIBRARIES = {"demo": {"celery"}, "cli": {"celery", "redis"}, "embedded": {"redis"}, "results": {"redis"}}
 LATER_LIBRARIES["pytest_plugin"] = {"celery", "redis"}
 

@@ -16,6 +16,13 @@ from mpworker.results.query import ResultStore
 from mpworker.results.record import SUPERSEDED, Record
 
 
+@pytest.fixture(params=["noted", "searched"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are noted task by task, large ones searched: what is found is the same."""
+    if request.param == "searched":
+        monkeypatch.setattr(module, "_LARGE", -1)
+
+
 def at(second: float) -> str:
     return (datetime(2026, 5, 1, tzinfo=UTC) + timedelta(seconds=second)).isoformat(timespec="microseconds")
 
@@ -182,8 +189,10 @@ def test_only_what_is_new_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
         file.write(b"garbage\n")
     assert store.get_statistics()["total_tasks"] == 20
     read: list[str] = []
-    real = store._note
-    monkeypatch.setattr(store, "_note", lambda found, *place: read.append(found.task_id) or real(found, *place))
+    real = module._note
+    monkeypatch.setattr(
+        module, "_note", lambda tasks, found, *place: read.append(found.task_id) or real(tasks, found, *place)
+    )
     store.add_result("new", "completed", "")
     with path.open("ab") as file:
         file.write(celery("half", "SUCCESS", 1).to_line()[:60])

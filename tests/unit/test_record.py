@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpworker.results import record as module
+from mpworker.results.glance import Glance, glance_at
+from mpworker.results.reader import Tally
 from mpworker.results.record import (
     OPENING,
     SHIPPED_AT,
-    Glance,
     Record,
     canonical,
     describe,
-    glance,
     runtime_of,
     task_begins,
     task_ends,
@@ -234,17 +235,15 @@ TREE = st.recursive(
 )
 def test_a_glance_sees_what_a_reader_reads(values: dict[str, object]) -> None:
     line = Record(**values).to_line()  # type: ignore[arg-type]
-    seen, read = glance(line), Record.from_line(line)
-    if seen is not None:
-        assert read.message.startswith(seen.message)
-        assert not read.chord or read.key is not None
-        assert seen == Glance.at(read)._replace(message=seen.message, chord=False)
+    ((seen, _),) = glance_at(line, Path("of.jsonl"), 0, Tally())
+    assert seen == Glance.at(Record.from_line(line))
 
 
-def test_a_glance_is_enough_for_what_is_usual_and_nothing_broken() -> None:
+def test_a_glance_at_what_is_broken_is_a_readers() -> None:
     line = Record(task_id="a", name="x", status="SUCCESS", result={"timestamp": "no"}, key="k", payload="{}").to_line()
-    seen = glance(line)
-    assert seen is not None
-    assert (seen.task_id, seen.key, seen.runtime) == ("a", "k", None)
-    for broken in (line[:-1], line[:-2] + b"\n", line[:40] + line, line[5:], b"", b"\n"):
-        assert glance(broken) is None
+    half, whole = line[:40] + line, line[:-1]
+    for torn in (line[:-2] + b"\n", line[5:], b"\n", b"[]\n", b'{"task_id": 1}\n', line[:30]):
+        assert list(glance_at(torn, Path("of.jsonl"), 0, Tally())) == []
+    ((seen, offset),) = glance_at(half, Path("of.jsonl"), 100, Tally())
+    assert (seen.task_id, seen.key, seen.runtime, offset) == ("a", "k", None, 140)
+    assert [seen.task_id for seen, _ in glance_at(whole, Path("of.jsonl"), 0, Tally())] == ["a"]
