@@ -134,6 +134,10 @@ def send(app: Celery, letter: DeadLetter, patience: float) -> None:
         if connection.transport.driver_type == "redis":
             for option in ("socket_connect_timeout", "socket_timeout"):
                 connection.transport_options.setdefault(option, patience)
+        confirmed: dict[str, Any] = {}
+        if connection.transport.driver_type == "amqp":  # else it is not known whether the broker has taken it
+            connection.transport_options["confirm_publish"] = True
+            confirmed["confirm_timeout"] = patience
         connection.ensure_connection(max_retries=1, interval_start=0.2)
         with app.amqp.Producer(connection, auto_declare=False) as producer:
             producer.publish(
@@ -147,6 +151,7 @@ def send(app: Celery, letter: DeadLetter, patience: float) -> None:
                 headers=headers,
                 declare=[queue for queue in app.amqp.queues.values() if _leads_to(queue, letter)],
                 **letter.properties,
+                **confirmed,
             )
 
 

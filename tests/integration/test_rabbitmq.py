@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import uuid
 from pathlib import Path
 
 import amqp
@@ -16,6 +17,9 @@ import pytest
 from celery import Celery, chord
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded, WorkerLostError
 from integration.node import PATIENCE, Node, Server, ask, eventually
+
+from mpworker.celery import requeue
+from mpworker.celery.deadletters import DeadLetter
 
 PROGRAM = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # Debian's; the one on PATH changes the user
 
@@ -164,6 +168,31 @@ def test_a_lost_worker_and_its_redelivery(shop):
         send(client, "die", "kill").get(timeout=PATIENCE)
     assert send(client, "once_more", "amqp").get(timeout=PATIENCE) == "second"
     assert len(node.notes.read("once_more", name="amqp")) == 2
+
+
+def test_a_dead_message_counts_as_sent_once_the_broker_has_it(shop):
+    _, client = shop
+    task_id = uuid.uuid4().hex
+    letter = DeadLetter(
+        id=task_id,
+        name="shop.tasks.add",
+        timestamp=0.0,
+        deaths=3,
+        reason="",
+        node="",
+        exchange="",
+        routing_key="celery",
+        priority=None,
+        content_type="application/json",
+        content_encoding="utf-8",
+        headers={"lang": "py", "task": "shop.tasks.add", "id": task_id, "root_id": task_id},
+        properties={"correlation_id": task_id},
+        body=b'[[1, 2], {}, {"callbacks": null, "errbacks": null, "chain": null, "chord": null}]',
+    )
+    requeue.send(client, letter, PATIENCE)
+    assert client.AsyncResult(task_id).get(timeout=PATIENCE) == 3
+    with pytest.raises(amqp.exceptions.NotFound, match="nowhere"):  # said only to those who wait for it
+        requeue.send(client, letter._replace(exchange="nowhere"), PATIENCE)
 
 
 def test_revoke(shop):
