@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,9 +47,8 @@ def waited(request: Mapping[str, Any]) -> float | None:
     if not since:
         return None
     begun = min(since)
-    try:
-        eta = datetime.fromisoformat(request["eta"])
-        begun = max(begun, (eta if eta.tzinfo else eta.replace(tzinfo=UTC)).timestamp())
-    except (KeyError, TypeError, ValueError):
-        pass  # none, or none that we can read
+    if due := request.get("eta"):
+        with suppress(TypeError, ValueError):  # none that we can read
+            eta = datetime.fromisoformat(due)
+            begun = max(begun, (eta if eta.tzinfo else eta.replace(tzinfo=UTC)).timestamp())
     return max(0.0, time.time() - begun)

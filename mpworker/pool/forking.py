@@ -1,6 +1,6 @@
-"""Whether this process may be forked: what its copies could not use.
+"""What to know and to do before a fork: what the copy could not use, what it must not hear, what has been printed.
 
-Owns the question. Forks only to see which threads stay; that child ends at once.
+Owns the question whether this process may be forked. Forks only to see which threads stay; that child ends at once.
 """
 
 from __future__ import annotations

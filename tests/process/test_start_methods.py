@@ -260,10 +260,9 @@ if __name__ == "__main__":
     assert "cannot be had again" in ended.err
 
 
-def test_a_thread_that_ends_at_a_fork_is_no_reason_against_it_where_children_are_ignored(tmp_path: Path) -> None:
-    script = """
-import _thread, os, signal, threading
-from mpworker.pool.forking import risk_of_forking
+#: A native thread that ends by itself when the process forks, as those of OpenBLAS do.
+BLAS = """
+import _thread, os, threading
 begun, end = threading.Event(), threading.Event()
 def work():
     begun.set()
@@ -272,11 +271,21 @@ def stop():
     end.set()
     while len(os.listdir("/proc/self/task")) > 1:
         pass
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 _thread.start_new_thread(work, ())
 begun.wait()
-assert threading.active_count() == 1
 os.register_at_fork(before=stop)
+"""
+
+
+def test_a_thread_that_ends_at_a_fork_is_no_reason_against_it_where_children_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "blas.py").write_text(BLAS)
+    script = """
+import signal, sys, threading
+sys.path.insert(0, ".")
+import blas
+from mpworker.pool.forking import risk_of_forking
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+assert threading.active_count() == 1
 print(repr(risk_of_forking()))
 """
     ended = support.run_script(script, tmp_path)
@@ -317,22 +326,7 @@ def take_lock() -> bool:
 
 def test_threads_that_end_by_themselves_when_the_process_forks_do_not_matter(tmp_path: Path) -> None:
     """As those of OpenBLAS do, which numpy brings."""
-    (tmp_path / "blas.py").write_text(
-        """
-import _thread, os, threading
-begun, end = threading.Event(), threading.Event()
-def work():
-    begun.set()
-    end.wait()
-def stop():
-    end.set()
-    while len(os.listdir("/proc/self/task")) > 1:
-        pass
-_thread.start_new_thread(work, ())
-begun.wait()
-os.register_at_fork(before=stop)
-"""
-    )
+    (tmp_path / "blas.py").write_text(BLAS)
     script = """
 import logging, sys
 from mpworker import ProcessPool
