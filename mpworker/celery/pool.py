@@ -225,7 +225,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             child.adopt(self.app)
         self.handle.options = options._replace(start_method=method)
         self.handle.start()
-        if not local:  # if another dispatcher is needed, this process is not what it was: then a template loads the app
+        if method == "fork" and not local:  # not a second time, for another dispatcher: this process will have threads
             self.handle.options = options
 
     def _await_ready(self) -> None:

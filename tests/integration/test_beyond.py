@@ -280,6 +280,9 @@ def test_each_slot_has_its_variables_before_the_application_is_imported_also_whe
         found = sorted(result.get(timeout=PATIENCE) for result in results)
         assert found == [[slot, f"gpu{slot}", f"gpu{slot}", f"800{slot}"] for slot in range(2)]
         assert "start method forkserver: with mpworker_worker_env" in node.log()
+        os.kill(node.pids("mpworker: dispatcher")[0], signal.SIGKILL)
+        slot, *again = client.send_task("shop.beyond.device", ("gate-0",)).get(timeout=PATIENCE)
+        assert again == [f"gpu{slot}", f"gpu{slot}", f"800{slot}"]
         said = client.send_task("shop.beyond.says", ("this",))
         assert said.get(timeout=PATIENCE) == "said"
         check_said(log_of(node, said), "this")
