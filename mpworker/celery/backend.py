@@ -1,8 +1,12 @@
 """The result backend ``mpworker+redis://``: Celery's Redis backend with the local journal in front of it.
 
 Owns the order "journal first, Redis behind", the rule that nothing overwrites a SUCCESS (one script in Redis keeps it),
-and how long a task may be held up by a Redis that does not answer. Never reads results back (that is Celery's code,
-unchanged, as are groups, chords, ``forget`` and waiting), never retries later (that is the shipper's).
+and how long a task may be held up by a Redis that does not answer. Groups, chords and waiting are Celery's code,
+unchanged. Never retries later: that is the shipper's.
+
+Where the node has a shipper that listens, Redis is left to it, but for what somebody in the cluster goes on with as
+soon as the task has ended (groups, chords, chains, links); else each process writes what it has journaled itself. What
+is still on its way, the node's own processes read from the journal.
 
 A process writes a journal when its node has called :func:`enable_journal`, or, elsewhere, when ``mpworker_journal`` or
 ``MPWORKER_JOURNAL`` names a folder. Without one this is Celery's backend and nothing else.
@@ -14,6 +18,8 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import states
@@ -28,8 +34,19 @@ from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
+from mpworker.results.bell import Bell
 from mpworker.results.journal import Journal, Place
-from mpworker.results.record import SHIPPED, SUPERSEDED, Record, describe, queueing_of, runtime_of, store_name
+from mpworker.results.record import (
+    SHIPPED,
+    SUPERSEDED,
+    UNSHIPPED,
+    Record,
+    describe,
+    queueing_of,
+    runtime_of,
+    store_name,
+)
+from mpworker.results.shipper import Shipper
 from mpworker.settings import Settings
 
 logger = get_logger(__name__)
@@ -40,6 +57,8 @@ REDIS_TIMEOUT = 3.0
 _SLOW, _PAUSE_FACTOR, _PAUSE_MAX = 0.5, 5.0, 15.0
 #: The same after a success that took so many seconds.
 _TOO_SLOW = 0.9
+#: Seconds that one who forgets a result waits for the delivery that it may be in.
+_FORGET_PATIENCE = 1.0
 #: Seconds between two warnings of one kind from one process.
 _WARN_EVERY = 10.0
 
@@ -59,83 +78,118 @@ _SKEW = 10.0
 
 
 def storing_script(rule: str, functions: str = "") -> str:
-    """The script that stores one result, publishes it, and notes in the history what has ended.
+    """The script that stores results, publishes them, and notes in the history what has ended.
 
-    KEYS: the task's key; the history, if there is one. ARGV: payload; milliseconds to live, 0 for ever; two for the
-    rule; a summary for the history, or nothing; how many the history holds.
-    Returns 1: stored; 0: a SUCCESS was there; -1: what is there is no JSON, nothing done; or what the rule returns.
+    KEYS: of the tasks; behind them that of the history, if there is one. ARGV: how many the history holds; then for
+    each task payload, milliseconds to live (0 for ever), two for the rule, and a summary for the history, or nothing.
+    Returns for each 1: stored; 0: a SUCCESS was there; -1: what is there is no JSON, nothing done; -2: what is there is
+    no text, nothing done; or what the rule returns.
 
     Args:
-        rule: returns where ``meta``, whose ``status`` is there, is not to be replaced. No SUCCESS comes to it.
+        rule: returns where ``meta``, whose ``status`` is there, is not to be replaced; ``a`` and ``b`` are its two
+            arguments. No SUCCESS comes to it.
         functions: that the rule calls.
     """
     return f"""
 {functions}
-local old = redis.call('GET', KEYS[1])
-if old and old ~= ARGV[1] then
-    local readable, meta = pcall(cjson.decode, old)
-    if not readable or type(meta) ~= 'table' then
-        return -1
+local function store(key, payload, live, a, b, summary, history)
+    local old = redis.pcall('GET', key)
+    if type(old) == 'table' then
+        return string.find(old['err'], 'WRONGTYPE') and -2 or old
     end
-    local status = meta['status']
-    if status == 'SUCCESS' then
-        return 0
+    if old and old ~= payload then
+        local readable, meta = pcall(cjson.decode, old)
+        if not readable or type(meta) ~= 'table' then
+            return -1
+        end
+        local status = meta['status']
+        if status == 'SUCCESS' then
+            return 0
+        end
+        {rule}
     end
-    {rule}
+    if tonumber(live) > 0 then
+        redis.call('SET', key, payload, 'PX', live)
+    else
+        redis.call('SET', key, payload)
+    end
+    redis.call('PUBLISH', key, payload)
+    if summary ~= '' then
+        redis.call('XADD', history, 'MAXLEN', '~', ARGV[1], '*', 'r', summary)
+    end
+    return 1
 end
-if tonumber(ARGV[2]) > 0 then
-    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-else
-    redis.call('SET', KEYS[1], ARGV[1])
+local replies, tasks = {{}}, (#ARGV - 1) / 5
+for i = 1, tasks do
+    local at = 5 * i - 3
+    local reply = store(KEYS[i], ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], KEYS[tasks + 1])
+    if type(reply) == 'table' then
+        return reply
+    end
+    replies[i] = reply
 end
-redis.call('PUBLISH', KEYS[1], ARGV[1])
-if ARGV[5] ~= '' then
-    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'r', ARGV[5])
-end
-return 1
+return replies
 """
 
 
-#: ARGV[3], ARGV[4]: with the state PROGRESS its time, and _SKEW.
+#: A reply of that script.
+WRONG_TYPE = -2
+
+#: Arguments: with the state PROGRESS its time, and _SKEW.
 _STORE = storing_script("""
-    if ARGV[3] ~= '' then
-        local newer = (tonumber(meta['told']) or 0) - tonumber(ARGV[3])
-        if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(ARGV[4])) then
-            return 0
+        if a ~= '' then
+            local newer = (tonumber(meta['told']) or 0) - tonumber(a)
+            if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(b)) then
+                return 0
+            end
         end
-    end
 """)
 
 _node_journal: Journal | None = None
+_bell: Bell | None = None
 
 
-def enable_journal(settings: Settings, hostname: str) -> Journal:
+def enable_journal(settings: Settings, hostname: str, bell: Bell | None = None) -> Journal:
     """Makes every result that this process stores go to the node's journal first.
 
     To be called by the main process and by each child that stores results.
 
     Args:
         hostname: the node's name, such as ``celery@host``.
+        bell: of the node's shipper.
 
     Raises:
         ConfigurationError: the journal folder cannot be written.
     """
-    global _node_journal
+    global _node_journal, _bell
     # The main process flushes for all of them: a file is on disk as a whole.
     fsync = "off" if settings.journal_fsync == "batch" else settings.journal_fsync
     journal = Journal(settings.journal_dir, hostname, fsync)
     journal.prepare()
     disable_journal()
-    _node_journal = journal
+    _node_journal, _bell = journal, bell
     return journal
 
 
 def disable_journal() -> None:
     """Undoes :func:`enable_journal`."""
-    global _node_journal
+    global _node_journal, _bell
     if _node_journal is not None:
         _node_journal.close()
-        _node_journal = None
+        _node_journal = _bell = None
+
+
+def hang_bell(bell: Bell) -> bool:
+    """From here on this process rings it when it has written to its node's journal; ``False`` if there is none."""
+    global _bell
+    if _node_journal is not None:
+        _bell = bell
+    return _node_journal is not None
+
+
+def rings_a_bell() -> bool:
+    """Whether this process' node has a shipper for what :func:`enable_journal` enabled."""
+    return _bell is not None
 
 
 def journal_for(app: Any) -> Journal | None:
@@ -205,11 +259,20 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     def _history(self) -> int:
         return settings_of(self.app).history
 
-    def noted(self, record: Record) -> tuple[list[Any], tuple[bytes, int]]:
-        """The keys and the last two arguments of a script that stores a record, and notes in the history what ends."""
-        keys = [record.key, self.history_key] if self._history else [record.key]
-        is_end = record.status in states.READY_STATES and self._history > 0
-        return keys, (record.summary() if is_end else b"", self._history)
+    def arguments(
+        self, records: Sequence[Record], rule: Callable[[Record], tuple[Any, ...]]
+    ) -> tuple[list[Any], list[Any]]:
+        """Keys and arguments for a script of :func:`storing_script` that stores these records.
+
+        Args:
+            rule: of a record, its time to live in milliseconds and the two arguments of the script's rule.
+        """
+        args: list[Any] = [self._history]
+        for record in records:
+            is_end = record.status in states.READY_STATES and self._history > 0
+            args += (record.payload, *rule(record), record.summary() if is_end else b"")
+        keys = [record.key for record in records]
+        return [*keys, self.history_key] if self._history else keys, args
 
     def give_up_history(self, exc: Exception) -> bool:
         """After a refusal that may be due to it; ``False`` if there was none."""
@@ -245,19 +308,75 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         if journal is None:
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
         encoded = self.encode_result(result, state)
-        meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=request)
-        meta["task_id"] = task_id.decode() if isinstance(task_id, bytes) else task_id
+        meta = self._meta(encoded, state, traceback, request)
+        meta["task_id"] = _text(task_id)
         payload = self.encode(meta)
         if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
-        record = self._record(meta, result, payload, request, journal.node)
+        bell = _bell if journal is _node_journal and not _is_awaited(request) else None
+        left = bell is not None and bell.has_listener()
+        record = self._record(meta, result, payload, request, journal.node, in_hand=not left)
         try:
             place = journal.append(record)
         except StoreError as exc:
             self._journal_warnings.warn("result of task %s goes to Redis only: %s", record.task_id, exc)
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
-        self._ship(journal, place, record)
+        if not (left and bell is not None and bell.ring()):
+            self._ship(journal, place, record)
         return encoded
+
+    def _meta(self, result: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
+        """What Redis holds of a task, as Celery's own method says it, which takes six times as long."""
+        if self._extended:
+            return dict(self._get_result_meta(result=result, state=state, traceback=traceback, request=request))
+        ready = state in states.READY_STATES
+        meta = {
+            "status": state,
+            "result": result,
+            "traceback": traceback,
+            "children": self.current_task_children(request),
+            "date_done": datetime.now(UTC).astimezone(self.app.timezone).isoformat() if ready else None,
+        }
+        for name, key in (("group", "group_id"), ("parent_id", "parent_id")):
+            if value := getattr(request, name, None):
+                meta[key] = value
+        return meta
+
+    @cached_property
+    def _extended(self) -> bool:
+        return bool(self.app.conf.find_value_for_key("extended", "result"))
+
+    # -- what is on its way to Redis -----------------------------------------------------------------------------
+
+    def _get_task_meta_for(self, task_id: Any) -> dict[str, Any]:
+        """What Redis holds of a task; in a node, what its processes have written of it meanwhile."""
+        told = self._told(task_id) if rings_a_bell() else None
+        try:
+            meta: dict[str, Any] = super()._get_task_meta_for(task_id)
+        except self.outages:
+            if told is None:
+                raise
+            return told
+        return meta if told is None or meta["status"] in states.READY_STATES else told
+
+    def _told(self, task_id: Any) -> dict[str, Any] | None:
+        records = [entry.record for entry in self._pending.pending(_text(task_id)) if not entry.record.chord]
+        records = [record for record in records if record.payload is not None and record.store == self.store_name]
+        last = next((record for record in records if record.status == states.SUCCESS), records[-1] if records else None)
+        return None if last is None else dict(self.decode_result(last.payload))
+
+    def _forget(self, task_id: Any) -> None:
+        """As Celery's; in a node, also what its processes have written of the task and Redis has not got yet."""
+        if rings_a_bell():
+            try:
+                self._pending.forget(_text(task_id), _FORGET_PATIENCE)
+            except (StoreError, OSError) as exc:
+                logger.warning("what is on its way to Redis of task %s is not forgotten: %s", task_id, describe(exc))
+        super()._forget(task_id)
+
+    @cached_property
+    def _pending(self) -> Shipper:
+        return Shipper(settings_of(self.app).journal_dir, lambda _: (), store=self.store_name)
 
     def store_progress(self, task_id: str, told: dict[str, Any], request: Any, at: float | None = None) -> None:
         """Stores the state PROGRESS, in Redis only, unless the task has ended there or has told something newer.
@@ -320,7 +439,9 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             result = self.exception_to_python(result)
         super().on_chord_part_return(request, state, result)
 
-    def _record(self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str) -> Record:
+    def _record(
+        self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str, *, in_hand: bool = False
+    ) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
         finished = state in states.READY_STATES or state == states.RETRY
         # New in Celery 5.7, as is compression.
@@ -342,12 +463,14 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             expires=(self.expires if expires is None else expires) or None,
             dead=isinstance(result, PoisonMessage),
             log=task_log.tail_of(task_id) if finished else None,
+            in_hand=in_hand,
         )
 
     def _ship(self, journal: Journal, place: Place, record: Record) -> None:
         begun = time.monotonic()
         if begun < self._left_alone_until:
             self._unshipped += 1
+            journal.mark(place, UNSHIPPED)
             return
         try:
             digit = self._put(record)
@@ -356,6 +479,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             if took > _SLOW:
                 self._left_alone_until = begun + took + min(took * _PAUSE_FACTOR, _PAUSE_MAX)
             self._unshipped += 1
+            journal.mark(place, UNSHIPPED)
             self._redis_warnings.warn(
                 "result of task %s (%s) is in the journal, marked as not shipped, because Redis did not take it: %s",
                 *(record.task_id, record.name, describe(exc)),
@@ -399,14 +523,17 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         return self._put_plainly(record, told)
 
     def _put_by_script(self, record: Record, told: float | None) -> int:
-        keys, noted = self.noted(record)
+        rule = 1000 * (record.expires or 0), "" if told is None else told, _SKEW
         try:
-            args = [record.payload, 1000 * (record.expires or 0), "" if told is None else told, _SKEW, *noted]
-            return int(self._store_script(keys=keys, args=args))
+            keys, args = self.arguments([record], lambda _: rule)
+            (reply,) = self._store_script(keys=keys, args=args)
         except redis_errors.NoPermissionError as exc:
             if not self.give_up_history(exc):
                 raise
             return self._put_by_script(record, told)
+        if reply == WRONG_TYPE:
+            raise redis_errors.ResponseError(f"WRONGTYPE {record.key} holds no text")
+        return int(reply)
 
     def _put_plainly(self, record: Record, told: float | None) -> bytes:
         current = self.quick_client.get(record.key)
@@ -436,6 +563,15 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             return meta.get("status") in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < _SKEW
         except (TypeError, ValueError):
             return False
+
+
+def _text(task_id: Any) -> Any:
+    return task_id.decode() if isinstance(task_id, bytes) else task_id
+
+
+def _is_awaited(request: Any) -> bool:
+    """Whether something in the cluster goes on as soon as this task has ended, and may ask for its result."""
+    return any(getattr(request, name, None) for name in ("group", "chord", "chain", "callbacks", "errbacks"))
 
 
 def refuses_scripts(exc: redis_errors.ResponseError) -> bool:

@@ -37,6 +37,7 @@ from mpworker.errors import ConfigurationError, PayloadError
 from mpworker.pool import worker as pool_worker
 from mpworker.pool.jobs import Lane
 from mpworker.pool.parcel import pack
+from mpworker.results.bell import Bell
 from mpworker.results.record import task_begins, task_ends
 
 
@@ -169,12 +170,13 @@ def adopt(app: Celery) -> None:
     _app = app
 
 
-def initialize(hostname: str, journal: bool) -> None:
+def initialize(hostname: str, journal: bool, bell: Bell | None = None) -> None:
     """Makes this process a Celery worker process, step by step as prefork's own initializer.
 
     Args:
         hostname: the node's name.
         journal: results go to the node's journal first.
+        bell: of the node's shipper.
     """
     global _hostname
     app, _hostname = _app, hostname
@@ -196,7 +198,7 @@ def initialize(hostname: str, journal: bool) -> None:
         from mpworker.celery.app import settings_of
         from mpworker.celery.backend import enable_journal
 
-        enable_journal(settings_of(app), hostname)
+        enable_journal(settings_of(app), hostname, bell)
     hooks.listen_in_worker()
     progress.listen_in_worker(app)
     task_log.listen_in_worker()
@@ -205,6 +207,15 @@ def initialize(hostname: str, journal: bool) -> None:
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
     worker_state.reset_state()
     signals.worker_process_init.send(sender=hostname)
+
+
+def enter_service(hostname: str) -> Celery:
+    """Makes this process one that works for the node and runs no tasks; returns the app."""
+    app = _app
+    assert app is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _set_up_logging(app, hostname)
+    return app
 
 
 def finish(exitcode: int) -> None:

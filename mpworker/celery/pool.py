@@ -30,7 +30,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from mpworker.celery import child, progress, task_log
+from mpworker.celery import child, progress, shipping, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import Outage
 from mpworker.celery.failures import Failures
@@ -49,6 +49,7 @@ from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
 from mpworker.pool.frames import Frame, Kind
+from mpworker.pool.jobs import Lane
 from mpworker.pool.parcel import open_outcome, pack_call
 from mpworker.states import JobState
 
@@ -148,6 +149,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except ConfigurationError as exc:
             raise SystemExit(f"mpworker: {exc}") from None
         self._settings = settings
+        self._journals = str(app.conf.result_backend or "").startswith("mpworker+")
+        self._bell = shipping.make_bell() if self._journals else None
         try:
             spec, description = self._describe()
         except PayloadError as exc:
@@ -165,6 +168,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 max_memory=(self.options.get("max_memory_per_child") or 0) * 1024,
                 warm=not self._slot_env,
                 task_log=settings.task_log << 10,
+                service=self._bell is not None,
                 label=f" ({hostname})" if hostname else "",
             ),
             **description,
@@ -185,7 +189,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         spec = spec._replace(include=tuple(dict.fromkeys((*spec.include, *include))))
         return spec, {
             "preload": (child.load, (spec,)),
-            "initializer": (child.initialize, (hostname, str(app.conf.result_backend or "").startswith("mpworker+"))),
+            "initializer": (child.initialize, (hostname, self._journals, self._bell)),
+            "service": ("shipper", shipping.serve, (hostname, self._bell)) if self._bell else None,
             "finalizer": (child.finish, (0,)),
             "soft_error": child.soft_limit_error,
             "import_main": spec.in_main,
@@ -576,7 +581,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "writes": "N/A",
                 "start-method": self._start_method,
                 "dispatcher": self.handle.pid,
-                "callbacks": [worker["pid"] for worker in workers if worker["lane"]],
+                "callbacks": [worker["pid"] for worker in workers if worker["lane"] == Lane.HOOKS],
+                "shipper": [worker["pid"] for worker in workers if worker["lane"] == Lane.SERVICE],
                 "unfinished": len(self._jobs),
                 "dead-messages": self._deaths.given_up,
             }

@@ -1,10 +1,10 @@
-"""What Redis did not take is brought to it, however long that takes: a node's shipper, and that of a dead one's folder.
+"""What is in journals is brought to Redis, however long that takes: by a node's shipper, and from a dead one's folder.
 
 Owns when a node's shipper looks, how long it waits while Redis refuses, and the rule by which a late record is still
 news (one script in Redis keeps it). Finds no records itself; see :mod:`mpworker.results.shipper`.
 
-A thread of the main process and no process of its own: it has nothing to do while Redis answers, since each child
-writes what it has journaled itself, and it needs the application's own connection to Redis, with all of its options.
+A process of its own where the pool keeps one running, so that who runs tasks need not wait for Redis; with other pools
+a thread, for what their processes could not bring themselves.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from __future__ import annotations
 import logging
 import math
 import random
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
-from mpworker.celery.backend import ResultBackend, refuses_scripts, storing_script
+from mpworker.celery import child, progress
+from mpworker.celery.app import settings_of
+from mpworker.celery.backend import ResultBackend, hang_bell, refuses_scripts, rings_a_bell, storing_script
 from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
-from mpworker.results.journal import Flusher
+from mpworker.results.bell import Bell
+from mpworker.results.journal import Flusher, Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
 from mpworker.results.shipper import Pass, Refused, Shipper
 from mpworker.settings import Settings
@@ -35,6 +40,8 @@ logger = logging.getLogger("mpworker.results")
 
 #: Seconds between two looks, and for which a new record is left to its writer.
 _PAUSE = _GRACE = 1.0
+#: Seconds between two attempts to take the place of a shipper that was killed.
+_SOON = 0.01
 #: Seconds between two attempts while Redis refuses: at most, and the factor by which they grow.
 _PAUSE_MAX, _GROWTH = 15.0, 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
@@ -62,22 +69,30 @@ local function seconds(text)
     return ((days * 24 + h) * 60 + min) * 60 + s - offset
 end
 """
-#: ARGV[3], ARGV[4]: the record's time and its state. Returns also 2: a newer end was there.
+#: Arguments: the record's time; its state, or LATE for a start of long ago. Returns also 2: something newer was there.
 _RULE = """
-    if ARGV[4] ~= 'SUCCESS' then
-        if status == 'FAILURE' or status == 'REVOKED' then
-            local done = meta['date_done']
-            local ended, late = type(done) == 'string' and seconds(done), seconds(ARGV[3])
-            if not ended or not late or ended >= late then
+        if b ~= 'SUCCESS' then
+            local done, told, time = meta['date_done'], status == 'PROGRESS' and tonumber(meta['told']), seconds(a)
+            if status == 'FAILURE' or status == 'REVOKED' then
+                local ended = type(done) == 'string' and seconds(done)
+                if not ended or not time or ended >= time then
+                    return 2
+                end
+            end
+            if told and time and told + seconds('1970-01-01T00:00:00+00:00') >= time then
                 return 2
             end
-        elseif ARGV[4] == 'STARTED' and (status == 'STARTED' or status == 'RETRY' or status == 'PROGRESS') then
-            return 2
+            if b == 'LATE' and (status == 'STARTED' or status == 'RETRY' or status == 'PROGRESS') then
+                return 2
+            end
         end
-    end
 """
 _DELIVER = storing_script(_RULE, _SECONDS)
 _DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
+#: Seconds after which a start, which says nothing of its time in Redis, is no news where something else is known.
+_LATE = 2.0
+#: Records that one script stores: others want to be served in between.
+_AT_ONCE = 50
 
 
 class Delivery:
@@ -85,7 +100,7 @@ class Delivery:
 
     def __init__(self, backend: ResultBackend) -> None:
         self._backend = backend
-        self._client = quick_client(backend, _PATIENCE)
+        self._client = quick_client(backend, _PATIENCE).client()  # with one connection, which is kept
         self._script = self._client.register_script(_DELIVER)
 
     def __call__(self, records: Sequence[Record]) -> list[bytes]:
@@ -111,14 +126,30 @@ class Delivery:
         return [self._own(self._plainly, record) for record in records]
 
     def _by_script(self, records: Sequence[Record]) -> list[Any]:
-        with self._client.pipeline(transaction=False) as pipe:
-            for record in records:
-                keys, noted = self._backend.noted(record)
-                args = [record.payload, _to_live(record), record.timestamp, record.status, *noted]
-                self._script(keys=keys, args=args, client=pipe)
-            replies = list(pipe.execute(raise_on_error=False))
-        refused = next((reply for reply in replies if isinstance(reply, redis_errors.NoPermissionError)), None)
-        return self._by_script(records) if refused and self._backend.give_up_history(refused) else replies
+        parts = [records[at : at + _AT_ONCE] for at in range(0, len(records), _AT_ONCE)]
+        try:
+            replies = self._run([self._backend.arguments(part, _rule_of) for part in parts])
+        except redis_errors.NoPermissionError as exc:
+            if not self._backend.give_up_history(exc):
+                raise
+            return self._by_script(records)
+        return [reply for some in replies for reply in some]
+
+    def _run(self, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
+        """Runs the script for each of these keys and arguments, straight over the connection: the layers above it take
+        longer than all the rest. They are taken when something is wrong with the one or the other."""
+        connection = self._client.connection
+        try:
+            connection.send_packed_command([_packed(self._script.sha, *call) for call in calls])
+            replies = [_reply(connection) for _ in calls]
+        except redis_errors.ConnectionError:
+            replies = [redis_errors.NoScriptError()]
+        if any(isinstance(reply, redis_errors.NoScriptError) for reply in replies):
+            return [self._script(keys=keys, args=args) for keys, args in calls]
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
 
     @staticmethod
     def _own(do: Callable[..., bytes], record: Record, *args: Any) -> bytes:
@@ -132,8 +163,6 @@ class Delivery:
             return SUPERSEDED
 
     def _digit(self, record: Record, reply: Any) -> bytes:
-        if isinstance(reply, Exception):
-            raise reply
         return _DIGITS.get(reply) or self._plainly(record)
 
     def _plainly(self, record: Record) -> bytes:
@@ -145,7 +174,9 @@ class Delivery:
             if status == states.SUCCESS:
                 return SUPERSEDED
             ended = status in TERMINAL and not _is_before(meta.get("date_done"), record)
-            if record.status != states.SUCCESS and (ended or (record.status == states.STARTED and status)):
+            told = meta.get("told") if status == progress.STATE else None
+            newer = ended or (isinstance(told, int | float) and told >= record.when)
+            if record.status != states.SUCCESS and (newer or (status and _is_late_start(record))):
                 return SHIPPED
         with self._client.pipeline() as pipe:
             pipe.set(record.key, record.payload, px=_to_live(record) or None)
@@ -197,6 +228,30 @@ def _is_before(done: Any, record: Record) -> bool:
     return moment.tzinfo is not None and moment.timestamp() < record.when
 
 
+def _packed(sha: str, keys: Sequence[Any], args: Sequence[Any]) -> bytes:
+    """The command as it is sent."""
+    words = [b"EVALSHA", sha, len(keys), *keys, *args]
+    encoded = [word if type(word) is bytes else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(encoded) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded])
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis_errors.ConnectionError:
+        raise
+    except redis_errors.ResponseError as exc:  # the replies to the other calls are still to come
+        return exc
+
+
+def _rule_of(record: Record) -> tuple[int, str, str]:
+    return _to_live(record), record.timestamp, "LATE" if _is_late_start(record) else record.status
+
+
+def _is_late_start(record: Record) -> bool:
+    return record.status == states.STARTED and record.when < time.time() - _LATE
+
+
 def _to_live(record: Record) -> int:
     """Milliseconds; 0 for ever."""
     left = record.expires_in()
@@ -243,13 +298,18 @@ def backend_of(app: Celery) -> ResultBackend:
     return backend
 
 
-def start_with(app: Celery, settings: Settings, flusher: Flusher | None = None) -> None:
-    """Has the node of this process ship and flush its journal from when it is ready until it ends."""
-    shipping = Shipping(app, settings)
+def start_with(app: Celery, settings: Settings, node: str, flusher: Flusher | None = None) -> None:
+    """Has the node of this process ship and flush its journal from when it is ready until it ends.
+
+    A pool that keeps the shipper's process running has given the node a bell by then; for others a thread does it.
+    """
+    shipping = Shipping(app, settings, node)
+    thread = threading.Thread(target=shipping.repeat, name="mpworker-shipper", daemon=True)
 
     def begin(sender: Any, **_: Any) -> None:
-        if sender.app is app and shipping.ident is None:
-            shipping.start()
+        if sender.app is app and thread.ident is None:
+            if not rings_a_bell():
+                thread.start()
             if flusher is not None:
                 flusher.start()
 
@@ -257,7 +317,10 @@ def start_with(app: Celery, settings: Settings, flusher: Flusher | None = None) 
         if sender.app is app:
             signals.worker_ready.disconnect(begin)
             signals.worker_shutdown.disconnect(end)
-            shipping.end()
+            shipping.ends.set()
+            if thread.ident is None:
+                thread.start()
+            thread.join(_LAST_TRY)
             if flusher is not None:
                 flusher.end()
 
@@ -265,53 +328,121 @@ def start_with(app: Celery, settings: Settings, flusher: Flusher | None = None) 
     signals.worker_shutdown.connect(end, weak=False)
 
 
-class Shipping(threading.Thread):
-    """Looks again and again for what its node has not brought to Redis."""
+def make_bell() -> Bell | None:
+    """What this process and its children ring, if its node keeps a journal and the system has such a thing."""
+    with suppress(OSError):
+        bell = Bell()
+        if hang_bell(bell):
+            return bell
+        bell.close()
+    return None
 
-    def __init__(self, app: Celery, settings: Settings) -> None:
-        super().__init__(name="mpworker-shipper", daemon=True)
+
+def serve(hostname: str, bell: Bell, until: int) -> None:
+    """What the shipper's process does: brings records to Redis as soon as they are in the node's journal.
+
+    Args:
+        hostname: the node's name.
+        bell: that writers ring.
+        until: a descriptor; returns when it is readable.
+    """
+    app = child.enter_service(hostname)
+    Shipping(app, settings_of(app), hostname).follow(bell, until)
+
+
+class Shipping:
+    """Looks again and again for what a node has not brought to Redis.
+
+    Args:
+        node: its name.
+    """
+
+    def __init__(self, app: Celery, settings: Settings, node: str) -> None:
+        self.ends = threading.Event()
         self._app, self._folder = app, settings.journal_dir
+        self._journal = Journal(self._folder, node)
         self._kept = settings.journal_days, settings.journal_mib << 20
-        self._end = threading.Event()
         self._wait, self._refused = _PAUSE, False
         self._server = self._problem = ""
         self._delivery: Delivery | None = None
+        self._shipper: Shipper | None = None
         self._discard_at = 0.0
+        self._follows = False
 
-    def run(self) -> None:
-        while not self._end.wait(self._wait):
+    def repeat(self) -> None:
+        """Looks about once a second until the node ends, and once more: for nodes where each process writes to Redis
+        what it can."""
+        while not self.ends.wait(self._wait):
             self._look(_GRACE)
         self._look(0.0)  # nobody writes any more
 
-    def end(self) -> None:
-        """Tries once more, then lets the node go."""
-        self._end.set()
-        if self.ident is not None:
-            self.join(_LAST_TRY)
+    def follow(self, bell: Bell, until: int) -> None:
+        """Delivers at once what the node's own processes have written, and looks about once a second for the rest.
+
+        Args:
+            until: a descriptor; returns when it is readable.
+        """
+        self._follows = True
+        while not bell.listen():  # the one before this has yet to disappear
+            if select.select([until], [], [], _SOON)[0]:
+                return
+        look_at = 0.0
+        rung = bell.fileno()
+        while True:
+            ready, _, _ = select.select([rung, until], [], [], max(0.0, look_at - time.monotonic()))
+            if until in ready:
+                return
+            if rung in ready:
+                bell.quiet()
+                if not self._refused and not self._attempt(self._catch_up):
+                    look_at = time.monotonic() + self._wait
+            if time.monotonic() >= look_at:
+                self._look(_GRACE)
+                look_at = time.monotonic() + self._wait
 
     def _look(self, grace: float) -> None:
         if not self._folder.is_dir():  # somebody has removed it; the next record makes it anew
             return
+        late = self._refused or not self._follows or self._shipper is None
+        delivered = self._attempt(partial(self._look_everywhere, grace))
+        if delivered and late:
+            logger.info("Redis has been brought %d results that it did not have", delivered)
+
+    def _attempt(self, do: Callable[[], int]) -> int | None:
+        """Returns what that does; ``None`` if it failed, and is better tried again later."""
         try:
-            backend = backend_of(self._app)
-            delivery = self._delivery = self._delivery or Delivery(backend)
-            shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), backend.store_name)
-            with shipper.lock() as alone:
-                delivered = self._ship(shipper, delivery) if alone else 0
+            delivered = do()
         except (redis_errors.RedisError, OSError, StoreError) as exc:
             self._server = ""  # who answers next may be another
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
             self._refused = True
             self._wait = min(self._wait * _GROWTH, _PAUSE_MAX) * random.uniform(0.7, 1.0)
-            return
+            return None
         except Exception:
             logger.exception("the shipper failed; it tries again")
             self._wait = _PAUSE_MAX
-            return
-        if delivered:
-            logger.info("Redis has been brought %d results that it did not have", delivered)
+            return None
         self._wait, self._refused = _PAUSE, False
+        return delivered
+
+    def _deliver(self) -> tuple[Delivery, str]:
+        backend = backend_of(self._app)
+        self._delivery = self._delivery or Delivery(backend)
+        return self._delivery, backend.store_name
+
+    def _catch_up(self) -> int:
+        """What has been appended to the node's own file since the last look at it."""
+        if self._shipper is None:
+            return 0
+        with self._shipper.lock() as alone:
+            return self._shipper.follow(self._journal.path()) if alone else 0
+
+    def _look_everywhere(self, grace: float) -> int:
+        delivery, store = self._deliver()
+        self._shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), store)
+        with self._shipper.lock() as alone:
+            return self._ship(self._shipper, delivery) if alone else 0
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()

@@ -112,7 +112,8 @@ def prepare_results(app: Celery, hostname: str) -> None:
 
         settings = settings_of(app)
         journal = enable_journal(settings, hostname)
-        shipping.start_with(app, settings, Flusher(journal) if settings.journal_fsync == "batch" else None)
+        flusher = Flusher(journal) if settings.journal_fsync == "batch" else None
+        shipping.start_with(app, settings, hostname, flusher)
 
 
 def check_broker_url(app: Celery) -> None:

@@ -23,7 +23,7 @@ _PAUSE = 0.5
 #: By how much a record may come after a newer one.
 _LATE = timedelta(seconds=60)
 #: What of a record is for nobody but Redis.
-_INNER = frozenset({"key", "payload", "expires", "shipped", "superseded", "chord", "response_data"})
+_INNER = frozenset({"key", "payload", "expires", "shipped", "superseded", "in_hand", "chord", "response_data"})
 _MOST_TEXT = 60
 
 

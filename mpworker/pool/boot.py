@@ -39,9 +39,12 @@ class Boot(NamedTuple):
     label: str
     #: environment variables of each slot's worker
     slot_env: SlotVariables
+    #: pickled ``(name, callable, args)`` or empty; run in a process of its own; see :mod:`mpworker.pool.service`
+    service: bytes = b""
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Service = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 
 def describe(
@@ -53,6 +56,7 @@ def describe(
     label: str = "",
     import_main: bool = True,
     slot_env: SlotVariables | None = None,
+    service: Service | None = None,
     heirlooms: Heirlooms | None = None,
     fork: bool = False,
 ) -> bytes:
@@ -67,7 +71,9 @@ def describe(
         import_main: whether children import the parent's ``__main__`` (as ``__mp_main__``), so that functions
             defined in a script can be found.
         slot_env: environment variables by slot, set in a worker before anything of the user's runs in it.
-        heirlooms: collects what the initializer's arguments need besides bytes.
+        service: what is kept running beside the workers, with a name for its process; called with a descriptor more,
+            and to return when that is readable.
+        heirlooms: collects what the arguments of initializer and service need besides bytes.
         fork: the children will be forks of this process.
 
     Raises:
@@ -79,14 +85,16 @@ def describe(
             "a pool was started while a worker was importing the main script; put the script's entry under "
             "'if __name__ == \"__main__\":' so that workers can import it without running it"
         )
+    heirlooms = heirlooms or Heirlooms()
     boot = Boot(
         _preparation(import_main),
         pack(preload, "the preload") if preload else b"",
-        (heirlooms or Heirlooms()).pack(initializer, "the initializer", fork=fork) if initializer else b"",
+        heirlooms.pack(initializer, "the initializer", fork=fork) if initializer else b"",
         pack(finalizer, "the finalizer") if finalizer else b"",
         pack(soft_error, "the soft limit's exception"),
         label,
         slot_env or {},
+        heirlooms.pack(service, "the service", fork=fork) if service else b"",
     )
     return pack(tuple(boot), "what children need")
 

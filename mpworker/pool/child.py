@@ -16,7 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 from mpworker.pool import boot as booting
-from mpworker.pool import forking, linux, worker
+from mpworker.pool import forking, linux, service, worker
 from mpworker.pool.frames import CHUNK, Frame, FrameReader
 from mpworker.pool.jobs import NO_SLOT, SLOT_VARIABLE, Lane
 from mpworker.pool.page import Page
@@ -51,6 +51,9 @@ def become_worker(
         with open(os.devnull, "rb") as null:
             os.dup2(null.fileno(), 0)
         lines = socket.socket(fileno=data), socket.socket(fileno=control)
+        if lane == Lane.SERVICE:
+            service.serve(lines[0], boot, prepared)
+            os._exit(0)
         worker.this_worker = Worker(*lines, Page(page, mine=True), Lane(lane), slot)
         worker.this_worker.serve(boot, prepared, assume)
         code = 0
@@ -78,6 +81,7 @@ def _assume(lane: Lane, boot: booting.Boot, slot: int) -> None:
     """Environment, title and name of a slot."""
     _set_environment(slot, lane, boot)
     role = "callbacks" if lane is Lane.HOOKS else "spare" if slot == NO_SLOT else f"worker {slot}"
+    role = "service" if lane is Lane.SERVICE else role
     set_title(f"mpworker: {role}{boot.label}")
     multiprocessing.process.current_process().name = role.replace(" ", "-")
 

@@ -48,6 +48,7 @@ from mpworker.pool.jobs import NO_SLOT, SLOT_VARIABLE, Job, Lane, Span, open_spa
 from mpworker.pool.ledger import Ledger
 from mpworker.pool.nursery import Nursery
 from mpworker.pool.sampler import Sampler
+from mpworker.pool.service import SERVICE, Service
 from mpworker.pool.title import set_title
 from mpworker.pool.wire import Listener, Wire
 
@@ -66,7 +67,7 @@ _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
 _STARTED, _DONE, _READY, _SUBMIT, _JOB = Kind.STARTED, Kind.DONE, Kind.READY, Kind.SUBMIT, Kind.JOB
 _BUNDLE, _RESULTS, _GOT = Kind.BUNDLE, Kind.RESULTS, Kind.GOT
-_LANES = {int(lane): lane for lane in Lane}
+_LANES = {int(lane): lane for lane in (Lane.TASKS, Lane.HOOKS)}
 #: More workers than this are a number gone wrong.
 _MOST_WORKERS = 1 << 16
 #: Reads from one worker before the others get their turn.
@@ -113,6 +114,8 @@ class Dispatcher:
             fleet.end_template()
         self._wires: dict[int, tuple[Crew, Wire, Outbox, FrameReader]] = {}
         self._nursery = Nursery(self._selector, fleet, options, boot.body, self)
+        self._service = Service(self._selector, fleet, self)
+        self._serves = bool(options["service"])
         self._touched: set[int] = set()
         self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
         self._listen_until = inf
@@ -168,6 +171,7 @@ class Dispatcher:
         if self._ledger.quota.watched and now >= self._sampler.due:
             self._apply(*self._sampler.look(self._ledger.quota.running(), now))
         self._nursery.tick(now)
+        self._service.tick(now)
         self._flush()
 
     def _due(self, now: float) -> bool:
@@ -184,7 +188,7 @@ class Dispatcher:
         if not self._looked:  # the deadlines may be others by now
             return max(0.0, self._look_at - time.monotonic())
         deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
-        deadline = min(deadline, self._nursery.deadline)
+        deadline = min(deadline, self._nursery.deadline, self._service.deadline)
         if self._ledger.quota.watched:
             deadline = min(deadline, self._sampler.due)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
@@ -247,6 +251,8 @@ class Dispatcher:
 
     def begin(self) -> None:
         """From the nursery: workers can be started."""
+        if self._serves:
+            self._service.begin()
         if not self._ledger.begun:
             self._apply(f.Begun())
 
@@ -322,7 +328,7 @@ class Dispatcher:
 
     def _spawn(self, action: f.Spawn) -> None:
         try:
-            crew = self._fleet.spawn(action.worker, action.slot, action.lane, self._boot_frame())
+            crew = self._fleet.spawn(action.worker, action.slot, action.lane, self.boot_frame())
         except OSError as exc:
             self.log(logging.ERROR, f"a worker could not be started: {exc}")
             self._gone(Exit(action.worker, None, None, None))
@@ -331,11 +337,12 @@ class Dispatcher:
         self._wires[action.worker] = crew, wire, Outbox(), FrameReader(f"worker {action.slot}", place=self._place)
         self._place.look(max(crew.control.fileno(), crew.page_fd))
         self._parent.put_fd(crew.page_fd)
-        self._show_workers()
+        self.show_workers()
 
     def _reload(self, action: f.Reload) -> None:
         self._boot = self._boot._replace(body=action.boot)
         self._nursery.reload(action.boot)
+        self._service.renew()
 
     def _promote(self, action: f.Promote) -> None:
         worker, slot = action
@@ -345,7 +352,8 @@ class Dispatcher:
             wire.put(Frame(Kind.TURN, slot))
             self._touched.add(worker)
 
-    def _boot_frame(self) -> bytes:
+    def boot_frame(self) -> bytes:
+        """For a fresh interpreter."""
         return encode(Kind.BOOT, flag=1, body=self._boot.body)
 
     def _assign(self, action: f.Assign) -> None:
@@ -446,7 +454,7 @@ class Dispatcher:
                 began, at = (job, a) if kind is _STARTED else (-1, 0.0)
                 if kind is _READY:
                     crew.ready = True
-                    self._show_workers()
+                    self.show_workers()
             if broken is not None:
                 raise broken
         finally:
@@ -463,7 +471,7 @@ class Dispatcher:
             if not crew.pid:  # its HELLO must be known before its exit is
                 self._read_worker(crew.worker)
         for end in self._fleet.reap():
-            if end.worker is not None:
+            if end.worker is not None and end.worker != SERVICE:
                 self._gone(end)
 
     def _gone(self, end: Exit) -> None:
@@ -481,7 +489,7 @@ class Dispatcher:
             self._wires.pop(worker, None)
             self._fleet.forget(worker)
         self._apply(f.WorkerGone(worker, end.exitcode, end.signal, end.max_rss, end.oom, begun))
-        self._show_workers()
+        self.show_workers()
 
     def _hear_out(self, worker: int, crew: Crew) -> None:
         reader = self._wires[worker][3]
@@ -505,11 +513,12 @@ class Dispatcher:
             events.append(f.JobStarted(crew.worker, job, started))
         self._apply(*events)
 
-    def _show_workers(self) -> None:
+    def show_workers(self) -> None:
+        """Tells the parent which processes there are."""
         crews = [
             {"pid": crew.pid, "slot": crew.slot, "lane": int(crew.lane)}
             for crew in self._fleet.crews.values()
-            if crew.pid and crew.slot != NO_SLOT
+            if crew.pid and (crew.slot != NO_SLOT or crew.lane is Lane.SERVICE)
         ]
         ready = sum(crew.ready and crew.lane is Lane.TASKS for crew in self._fleet.crews.values())
         everything = {"workers": crews, "ready": ready, "pages": list(self._fleet.crews)}

@@ -90,6 +90,8 @@ class PoolOptions(NamedTuple):
     warm: bool = True
     #: of what a job says, kept in memory that outlives its process
     task_log: int = 0
+    #: what children are told of has a service
+    service: bool = False
     label: str = ""
 
     def to_json(self, heirlooms: Iterable[int] = ()) -> bytes:
@@ -476,7 +478,7 @@ class Handle:
             self._listed, listed = listed, self._listed
             for worker in self._pages.keys() & listed - self._listed:  # a page comes before its name
                 self._pages.pop(worker).close()
-            if self.workers:
+            if any(worker["lane"] != Lane.SERVICE for worker in self.workers):
                 self.ready, self._restarts = True, 0
             return False
         elif kind is Kind.FLUSHED:

@@ -30,6 +30,8 @@ class Lane(IntEnum):
     TASKS = 0
     #: their callbacks: one worker, first come first served
     HOOKS = 1
+    #: no queue at all: one process that serves the pool's user beside them
+    SERVICE = 2
 
 
 @final

@@ -110,6 +110,7 @@ class Journal:
         self.folder, self.node, self.fsync = Path(folder), node, fsync
         self._stem = re.sub(r"[^A-Za-z0-9._@-]", "_", node).lstrip(".")[:150] or "node"
         self._only: Path | None = None
+        self._path, self._path_day = Path(), -1
         self._clock = clock
         self._renew()
 
@@ -140,8 +141,11 @@ class Journal:
 
     def path(self) -> Path:
         """The file that a record written now goes to."""
-        day = datetime.fromtimestamp(self._clock(), UTC).date()
-        return self._only or self.folder / f"{self._stem}-{day.isoformat()}{SUFFIX}"
+        day = int(self._clock() // _DAY)
+        if day != self._path_day:
+            self._path_day = day
+            self._path = self.folder / f"{self._stem}-{datetime.fromtimestamp(day * _DAY, UTC).date()}{SUFFIX}"
+        return self._only or self._path
 
     def prepare(self) -> None:
         """Makes sure, before any task runs, that records can be written.

@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from sys import intern
 from typing import Any, BinaryIO, NamedTuple
+
+from msgspec import structs
 
 from mpworker.results.glance import Glance, read_glances
 from mpworker.results.journal import SUFFIX, Journal
@@ -226,7 +227,7 @@ class ResultStore:
                     files[seen.path] = file
                     if (record := read_at(file, seen.offset)) is not None:
                         given += 1
-                        yield record if record.name else replace(record, name=seen.name)
+                        yield record if record.name else structs.replace(record, name=seen.name)
 
     def get_statistics(self) -> dict[str, Any]:
         """Counts each task once, by its latest state.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED_AT, UNSHIPPED, Record
+from mpworker.results.record import OPENING, OPENING_LINE, SHIPPED, SHIPPED_AT, SUPERSEDED, Record
 
 #: What reading a broken line may raise.
 _BROKEN = (ValueError, TypeError, RecursionError)
@@ -36,41 +36,42 @@ class Tally:
     end: int = 0
 
 
-def read_entries(
-    paths: Iterable[Path], tally: Tally | None = None, start: int = 0, *, unshipped: bool = False
-) -> Iterator[Entry]:
+def read_entries(paths: Iterable[Path], tally: Tally | None = None, *, unshipped: bool = False) -> Iterator[Entry]:
     """Every whole record in these files, file by file; what is broken is skipped and counted.
 
     Args:
-        start: offset in each file at which to begin; the start of a line.
         unshipped: only records that Redis has not got; the others are passed over unread.
     """
     tally = Tally() if tally is None else tally
     for path in paths:
-        tally.end = start
         try:
             file = path.open("rb")
         except FileNotFoundError:
             continue  # rotated away meanwhile
         with file:
-            file.seek(start)
-            offset = start
-            for line in file:
-                if unshipped and _is_shipped(line):
-                    tally.end = offset + len(line)
-                else:
-                    yield from read_line(line, path, offset, tally)
-                offset += len(line)
-                if not line.endswith(b"\n"):
-                    # Perhaps a record that is being written at this moment: its rest, which the next read might bring,
-                    # must not be taken for a line of its own.
-                    break
+            yield from read_open(file, path, tally, unshipped=unshipped)
+
+
+def read_open(file: BinaryIO, path: Path, tally: Tally, start: int = 0, *, unshipped: bool = False) -> Iterator[Entry]:
+    """As :func:`read_entries`, of one open file from the start of one of its lines on."""
+    tally.end = offset = start
+    file.seek(start)
+    for line in file:
+        if unshipped and _is_shipped(line):
+            tally.end = offset + len(line)
+        else:
+            yield from read_line(line, path, offset, tally)
+        offset += len(line)
+        if not line.endswith(b"\n"):
+            # Perhaps a record that is being written at this moment: its rest, which the next read might bring, must
+            # not be taken for a line of its own.
+            break
 
 
 def _is_shipped(line: bytes) -> bool:
     """By its digit alone. Half a line with another one glued to it, or of another version, wants a closer look."""
     known = line.startswith(OPENING_LINE) and line.endswith(b"\n") and line.rfind(OPENING) == 0
-    return known and line[SHIPPED_AT : SHIPPED_AT + 1] != UNSHIPPED
+    return known and line[SHIPPED_AT : SHIPPED_AT + 1] in (SHIPPED, SUPERSEDED)
 
 
 def read_line(line: bytes, path: Path, offset: int, tally: Tally) -> Iterator[Entry]:

@@ -20,10 +20,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
+
+import msgspec
+from msgspec import field
 
 VERSION = 1
 #: What every line of every version opens with; only a line's opening contains it.
@@ -33,8 +35,9 @@ _HEAD = f'{{"v": {VERSION}, "shipped": '
 OPENING_LINE = _HEAD.encode()
 #: Where in a line the digit of ``shipped`` stands, in bytes from its start.
 SHIPPED_AT = len(_HEAD)
-#: The digit: Redis has not got it; Redis has it; Redis held a SUCCESS already, which nothing may overwrite.
-UNSHIPPED, SHIPPED, SUPERSEDED = b"0", b"1", b"2"
+#: The digit: Redis has not got it; Redis has it; Redis held a SUCCESS already, which nothing may overwrite; Redis has
+#: not got it, and its writer is about to bring it there.
+UNSHIPPED, SHIPPED, SUPERSEDED, IN_HAND = b"0", b"1", b"2", b"3"
 
 #: Characters of a message in a summary.
 _SUMMARY = 200
@@ -52,6 +55,21 @@ _CANONICAL = {alias: state for state, aliases in _ALIASES.items() for alias in a
 TERMINAL = frozenset(
     {"SUCCESS", "FAILURE", "REVOKED", "REJECTED", "IGNORED", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"}
 )
+
+
+_packed = msgspec.json.Encoder().encode
+
+
+def _compact(fields: dict[str, Any]) -> bytes:
+    """Compact JSON, of ASCII only, so that what is looked for in lines has one spelling."""
+    try:
+        text = _packed(fields)
+    except UnicodeEncodeError:  # half a surrogate pair
+        text = b"\xff"
+    if text.isascii():
+        return text
+    result = fields["result"]
+    return _encode(fields | {"result": None if result is None else json.loads(bytes(result))}).encode()
 
 
 @lru_cache(1024)
@@ -106,8 +124,7 @@ def _encode_any(value: Any) -> str:
         return _encode(_safe_repr(value))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One state change of one task. Also reads like a mapping: ``record["status"]``, ``record.get("name")``."""
 
     task_id: str
@@ -149,9 +166,12 @@ class Record:
     #: no change of state: the task has yet to be counted as a part of a chord, as :attr:`payload` says
     chord: bool = False
 
+    #: Redis has not got it, and its writer was about to bring it there
+    in_hand: bool = False
+
     def to_line(self) -> bytes:
         """The line with its newline. Never fails on a result: what JSON cannot hold becomes a repr."""
-        mark = SUPERSEDED if self.superseded else SHIPPED if self.shipped else UNSHIPPED
+        mark = SUPERSEDED if self.superseded else SHIPPED if self.shipped else IN_HAND if self.in_hand else UNSHIPPED
         more: dict[str, Any] = {}
         if isinstance(self.payload, bytes):
             more["payload64"] = base64.b64encode(self.payload).decode("ascii")
@@ -165,15 +185,19 @@ class Record:
                 more[name] = True
         if self.log is not None:
             more["log"] = self.log
-        return self._line(mark, self.message, _encode_any(self.result), self.traceback, more)
+        return self._line(mark, self.message, self.result, self.traceback, more)
 
     def summary(self) -> bytes:
         """A short line for those who only list and count."""
-        return self._line(SHIPPED, self.message[:_SUMMARY], "null", None, {"payload": None})
+        return self._line(SHIPPED, self.message[:_SUMMARY], None, None, {"payload": None})
 
-    def _line(self, mark: bytes, message: str, result: str, traceback: str | None, more: dict[str, Any]) -> bytes:
-        before = {"task_id": self.task_id, "name": self.name, "status": self.status, "message": message}
-        after = {
+    def _line(self, mark: bytes, message: str, result: Any, traceback: str | None, more: dict[str, Any]) -> bytes:
+        fields = {
+            "task_id": self.task_id,
+            "name": self.name,
+            "status": self.status,
+            "message": message,
+            "result": result if result is None else msgspec.Raw(_encode_any(result).encode()),
             "traceback": traceback,
             "timestamp": self.timestamp,
             "runtime": None if self.runtime is None else round(self.runtime, 6),
@@ -184,8 +208,7 @@ class Record:
             "key": self.key,
             **more,
         }
-        body = f'{_encode(before)[1:-1]},"result":{result},{_encode(after)[1:]}'
-        return f"{_HEAD}{mark.decode()}, {body}\n".encode("ascii")
+        return b"%b%b, %b\n" % (OPENING_LINE, mark, _compact(fields)[1:])
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
@@ -194,6 +217,10 @@ class Record:
         Raises:
             ValueError: the line is torn, is no JSON object, or lacks ``task_id`` or ``status``.
         """
+        try:
+            return _decoder.decode(line).record()
+        except msgspec.MsgspecError:
+            pass  # torn, or with values of other kinds, or numbers that are none: as much as can be read is
         data = json.loads(line)
         if not isinstance(data, dict):
             raise ValueError("a journal line must be a JSON object")
@@ -201,7 +228,7 @@ class Record:
             if not isinstance(data.get(name), str):
                 raise ValueError(f"a journal line needs {name} as text")
         mark = data.pop("shipped", 0)
-        values = {name: data[name] for name in _NAMES & data.keys()}
+        values: dict[str, Any] = {name: data[name] for name in _NAMES & data.keys()}
         if "payload64" in data:
             values["payload"] = base64.b64decode(data["payload64"])
         for name in ("runtime", "queued"):
@@ -209,7 +236,7 @@ class Record:
                 raise ValueError(f"{name} must be a number of seconds")
         for name in ("dead", "chord"):
             values[name] = values.get(name) is True
-        return cls(**values, shipped=bool(mark), superseded=mark == 2)
+        return cls(**values | _mark(mark))
 
     @property
     def when(self) -> float:
@@ -229,7 +256,7 @@ class Record:
         return self.result
 
     def keys(self) -> Iterator[str]:
-        return (f.name for f in fields(self))
+        return iter(self.__struct_fields__)
 
     def __getitem__(self, name: str) -> Any:
         if name not in _READABLE:
@@ -240,8 +267,69 @@ class Record:
         return getattr(self, name) if name in _READABLE else default
 
 
-_NAMES = frozenset(f.name for f in fields(Record)) - {"shipped", "superseded"}
-_READABLE = _NAMES | {"shipped", "superseded", "response_data"}
+_MARKS = frozenset({"shipped", "superseded", "in_hand"})
+_NAMES = frozenset(Record.__struct_fields__) - _MARKS
+_READABLE = _NAMES | _MARKS | {"response_data"}
+
+
+def _mark(mark: object) -> dict[str, bool]:
+    return {"shipped": mark not in (0, 3, None, False), "superseded": mark == 2, "in_hand": mark == 3}
+
+
+class _Line(msgspec.Struct):
+    """A line as it is written here; fields as :class:`Record`'s."""
+
+    task_id: str
+    status: str
+    timestamp: str
+    shipped: int = 0
+    name: str | None = None
+    message: str = ""
+    result: Any = None
+    traceback: str | None = None
+    runtime: float | None = None
+    queued: float | None = None
+    process_id: int = 0
+    hostname: str = ""
+    retries: int = 0
+    key: str | None = None
+    store: str | None = None
+    payload: str | None = None
+    payload64: str | None = None
+    expires: int | None = None
+    log: str | None = None
+    dead: bool = False
+    chord: bool = False
+
+    def record(self) -> Record:
+        mark = self.shipped
+        return Record(
+            task_id=self.task_id,
+            name=self.name,
+            status=self.status,
+            message=self.message,
+            result=self.result,
+            traceback=self.traceback,
+            timestamp=self.timestamp,
+            runtime=self.runtime,
+            queued=self.queued,
+            process_id=self.process_id,
+            hostname=self.hostname,
+            retries=self.retries,
+            key=self.key,
+            store=self.store,
+            payload=self.payload if self.payload64 is None else base64.b64decode(self.payload64),
+            expires=self.expires,
+            log=self.log,
+            shipped=mark in (1, 2),
+            superseded=mark == 2,
+            dead=self.dead,
+            chord=self.chord,
+            in_hand=mark == 3,
+        )
+
+
+_decoder = msgspec.json.Decoder(_Line)
 
 #: The task that this thread runs: its id, when it began by the monotonic clock, and how long it had waited.
 _running: ContextVar[tuple[str, float, float | None] | None] = ContextVar("mpworker_running", default=None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import secrets
 import time
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 from mpworker.errors import StoreError
 from mpworker.results.journal import Journal, mark_at_offset
-from mpworker.results.reader import Entry, Tally, read_entries
+from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_open
 from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe
 
 #: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
@@ -63,7 +64,7 @@ class Shipper:
     Args:
         folder: of a node, of several, or of one that is dead.
         deliver: see :data:`Deliver`.
-        grace: seconds for which a new record is left to its writer, who ships it as well.
+        grace: seconds for which a record that its writer ships as well is left to it.
         part_grace: the same for parts of chords.
         store: deliver only what is meant for that result backend, or says of none; ``None``: everything.
     """
@@ -81,6 +82,14 @@ class Shipper:
         self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
         self._name = ""
+        self._lock_path = str(self.folder / _LOCK)
+        self._followed: _Followed | None = None
+
+    def close(self) -> None:
+        """Closes what :meth:`follow` has opened."""
+        if self._followed is not None:
+            self._followed.close()
+            self._followed = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -90,7 +99,7 @@ class Shipper:
             StoreError: the folder cannot be written.
         """
         try:
-            fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise StoreError(f"mpworker_journal: cannot lock {self.folder}: {exc.strerror or exc}") from exc
         try:
@@ -143,17 +152,25 @@ class Shipper:
         return found
 
     def _run_file(self, path: Path, again: bool) -> Pass:
-        with _in_place(path) as fd:
-            identity, end = _identity(fd), os.fstat(fd).st_size
-            known, start = self._settled.get(path.name, (identity, 0))
-            if again or known != identity or start > end:  # another file, or cut off: from the beginning
-                start = 0
-            if start == end:
-                return Pass(0)
-            delivered = young = others = bulk = 0
-            tally = Tally(end=start)
-            batch: list[Entry] = []
-            for entry in read_entries([path], tally, start, unshipped=not again):
+        fd = _open(path)
+        try:
+            return self._run_open(fd, path, again)
+        finally:
+            os.close(fd)
+
+    def _run_open(self, fd: int, path: Path, again: bool = False) -> Pass:
+        status = os.fstat(fd)
+        identity, end = _identity(fd, status.st_ino), status.st_size
+        known, start = self._settled.get(path.name, (identity, 0))
+        if again or known != identity or start > end:  # another file, or cut off: from the beginning
+            start = 0
+        if start == end:
+            return Pass(0)
+        delivered = young = others = bulk = 0
+        tally = Tally(end=start)
+        batch: list[Entry] = []
+        with open(fd, "rb", closefd=False) as file:
+            for entry in read_open(file, path, tally, start, unshipped=not again):
                 record = entry.record
                 if record.superseded or (record.shipped and (record.chord or not again)):
                     continue
@@ -172,13 +189,71 @@ class Shipper:
                     batch, bulk = [], 0
                     if not young:
                         self._settled[path.name] = identity, tally.end
-            delivered += self._ship(fd, batch)
-            if not young:
-                self._settled[path.name] = identity, tally.end
-            return Pass(delivered, young, others)
+        delivered += self._ship(fd, batch)
+        if not young:
+            self._settled[path.name] = identity, tally.end
+        return Pass(delivered, young, others)
+
+    def follow(self, path: Path) -> int:
+        """Delivers what has been appended to one file since it was looked at last; returns how many. Remembers how far
+        it came, but leaves the checkpoint to :meth:`run`. The caller holds the lock.
+
+        Raises:
+            Refused: as :meth:`run`.
+        """
+        try:
+            if self._followed is not None and not self._followed.leads_to(path):
+                self._followed.close()
+                self._followed = None
+            if self._followed is None:
+                self._followed = _Followed(path)
+            return self._run_open(self._followed.fd, path).delivered
+        except Refused:
+            raise
+        except OSError:
+            return 0  # :meth:`run` tells what is wrong with it
+
+    # -- one task ------------------------------------------------------------------------------------------------
+
+    def pending(self, task_id: str) -> list[Entry]:
+        """The records of a task that Redis has not got, in order; what a full look would deliver."""
+        self._settled = self._read_checkpoint()
+        needle = b'"task_id":%b,' % json.dumps(task_id).encode()
+        found: list[Entry] = []
+        for path in Journal.files(self.folder):
+            with contextlib.suppress(OSError, ValueError), path.open("rb") as file:  # gone meanwhile, or empty
+                known, start = self._settled.get(path.name, ("", 0))
+                if known != _identity(file.fileno(), os.fstat(file.fileno()).st_ino):
+                    start = 0
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+                    while (at := lines.find(needle, start)) >= 0:
+                        begin, start = lines.rfind(b"\n", 0, at) + 1, (lines.find(b"\n", at) + 1) or len(lines)
+                        found += read_line(lines[begin:start], path, begin, Tally())
+        return [entry for entry in found if entry.record.task_id == task_id and not entry.record.shipped]
+
+    def forget(self, task_id: str, patience: float) -> None:
+        """Has nothing delivered of a task any more, of what is written by now.
+
+        Args:
+            patience: seconds that a delivery may take which has begun.
+        """
+        if not self.pending(task_id):
+            return
+        end = time.monotonic() + patience
+        while True:
+            with self.lock() as alone:
+                if alone or time.monotonic() > end:
+                    for entry in self.pending(task_id):
+                        fd = _open(entry.path)
+                        try:
+                            mark_at_offset(fd, entry.offset, SHIPPED)
+                        finally:
+                            os.close(fd)
+                    return
+            time.sleep(0.001)
 
     def _is_young(self, record: Record) -> bool:
-        grace = self._part_grace if record.chord else self._grace
+        grace = self._part_grace if record.chord else self._grace if record.in_hand else 0.0
         return grace > 0 and 0 <= time.time() - record.when < grace
 
     def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
@@ -259,10 +334,10 @@ def _day_of(path: Path) -> date | None:
         return None
 
 
-def _identity(fd: int) -> str:
+def _identity(fd: int, inode: int) -> str:
     """Which file that is, also where a new one has been given the inode of one that was deleted."""
     head = os.pread(fd, _HEAD, 0)
-    return f"{os.fstat(fd).st_ino}-{zlib.crc32(head[SHIPPED_AT + 1 :]) if len(head) == _HEAD else 0}"
+    return f"{inode}-{zlib.crc32(head[SHIPPED_AT + 1 :]) if len(head) == _HEAD else 0}"
 
 
 def _needless(record: Record) -> bool:
@@ -272,13 +347,26 @@ def _needless(record: Record) -> bool:
     return record.expires is not None and record.expires_in() <= 0
 
 
-@contextlib.contextmanager
-def _in_place(path: Path) -> Iterator[int]:
+def _open(path: Path) -> int:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # what cannot be marked can still be delivered, if every time again
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+class _Followed:
+    """A file that is kept open."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = _open(path)
+        self._path, self._text = path, str(path)
+
+    def leads_to(self, path: Path) -> bool:
+        """Whether the path still leads to this file."""
+        try:
+            return path == self._path and os.path.samestat(os.stat(self._text), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -80,7 +80,8 @@ def at(seconds: float) -> str:
 
 def record(status: str, when: float = 0.0, text: str = "", **fields: Any) -> Record:
     done = at(when) if status in ("SUCCESS", "FAILURE", "REVOKED") else None
-    payload = json.dumps({"status": status, "result": text, "date_done": done, "task_id": "t"})
+    meta = {"status": status, "result": text, "date_done": done, "task_id": "t"}
+    payload = json.dumps(meta | ({"told": time.time() + when} if status == "PROGRESS" else {}))
     values = {"timestamp": at(when), "key": "celery-task-meta-t", "payload": payload, "expires": 60, **fields}
     return Record(task_id="t", status=status, **values)
 
@@ -98,6 +99,11 @@ def held(server: Server) -> str | None:
         (("STARTED", 0), ("SUCCESS", -5), "SUCCESS", SHIPPED),
         (("STARTED", 0), ("RETRY", -5), "RETRY", SHIPPED),
         (("RETRY", 0), ("STARTED", -5), "RETRY", SHIPPED),
+        (("RETRY", -1), ("STARTED", 0), "STARTED", SHIPPED),
+        (("PROGRESS", 0), ("STARTED", -1), "PROGRESS", SHIPPED),
+        (("PROGRESS", 0), ("RETRY", -1), "PROGRESS", SHIPPED),
+        (("PROGRESS", -1), ("STARTED", 0), "STARTED", SHIPPED),
+        (("PROGRESS", 0), ("SUCCESS", -1), "SUCCESS", SHIPPED),
         (("SUCCESS", -9), ("FAILURE", 0), "SUCCESS", SUPERSEDED),
         (("SUCCESS", -9), ("STARTED", 0), "SUCCESS", SUPERSEDED),
         (("FAILURE", 0), ("STARTED", -5), "FAILURE", SHIPPED),
@@ -190,7 +196,7 @@ def folder(app: Celery, tmp_path: Path) -> Iterator[Path]:
     """The journal of a node whose shipper runs, as far as Celery's signals tell it."""
     folder = tmp_path / "journal"
     folder.mkdir(mode=0o700)
-    shipping.start_with(app, Settings(journal=folder))
+    shipping.start_with(app, Settings(journal=folder), "n")
     signals.worker_ready.send(sender=Sender(app))
     yield folder
     signals.worker_shutdown.send(sender=Sender(app))
@@ -237,7 +243,7 @@ def test_a_redis_that_refuses_for_a_while(server: Server, folder: Path, caplog: 
 def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Path) -> None:
     with Server() as server:
         app = app_of(server)
-        shipping.start_with(app, Settings(journal=tmp_path))
+        shipping.start_with(app, Settings(journal=tmp_path), "n")
         signals.worker_ready.send(sender=Sender(app))
         try:
             leave(tmp_path)
@@ -267,7 +273,7 @@ def test_old_files_go_once_all_of_them_is_in_redis(server: Server, folder: Path)
 
 
 def test_the_end_of_a_node_is_a_last_chance(server: Server, app: Celery, tmp_path: Path) -> None:
-    shipping.start_with(app, Settings(journal=tmp_path))
+    shipping.start_with(app, Settings(journal=tmp_path), "n")
     signals.worker_ready.send(sender=Sender(app))
     Journal(tmp_path, "n").append(record("SUCCESS"))  # too new to be looked at
     signals.worker_shutdown.send(sender=Sender(app))

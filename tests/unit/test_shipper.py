@@ -14,7 +14,7 @@ import pytest
 from mpworker.results import shipper as module
 from mpworker.results.journal import Journal
 from mpworker.results.query import ResultStore
-from mpworker.results.reader import read_entries
+from mpworker.results.reader import read_open
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, timestamp_now
 from mpworker.results.shipper import Pass, Refused, Shipper
 
@@ -163,12 +163,13 @@ def test_a_batch_is_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_new_record_is_left_to_its_writer(tmp_path: Path) -> None:
     redis = Redis()
     put(tmp_path, "old", timestamp="2026-01-01T00:00:00.000000+00:00")
-    put(tmp_path, "new")
-    put(tmp_path, "old too", timestamp="2026-01-01T00:00:00.000000+00:00")
-    assert ship(tmp_path, redis, grace=60.0) == Pass(2, 1)
-    assert digits(tmp_path) == [1, 0, 1]
+    put(tmp_path, "new", in_hand=True)
+    put(tmp_path, "nobody else's")
+    put(tmp_path, "old too", timestamp="2026-01-01T00:00:00.000000+00:00", in_hand=True)
+    assert ship(tmp_path, redis, grace=60.0) == Pass(3, 1)
+    assert digits(tmp_path) == [1, 3, 1, 1]
     assert ship(tmp_path, redis) == Pass(1, 0)
-    assert [name for name, _ in redis.got] == ["old", "old too", "new"]
+    assert [name for name, _ in redis.got] == ["old", "nobody else's", "old too", "new"]
 
 
 def test_a_clock_that_was_ahead_holds_nothing_up(tmp_path: Path) -> None:
@@ -192,11 +193,11 @@ def test_the_checkpoint_spares_reading_again(tmp_path: Path, monkeypatch: pytest
     ship(tmp_path, redis)
     starts: list[int] = []
 
-    def watched(paths: Any, tally: Any, start: int, **options: Any) -> Any:
+    def watched(file: Any, path: Any, tally: Any, start: int, **options: Any) -> Any:
         starts.append(start)
-        return read_entries(paths, tally, start, **options)
+        return read_open(file, path, tally, start, **options)
 
-    monkeypatch.setattr(module, "read_entries", watched)
+    monkeypatch.setattr(module, "read_open", watched)
     ship(tmp_path, redis)
     assert starts == []  # nothing has been added
     put(tmp_path, "b")
