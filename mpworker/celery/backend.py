@@ -176,7 +176,7 @@ def disable_journal() -> None:
     global _node_journal, _bell
     if _node_journal is not None:
         _node_journal.close()
-        _node_journal = _bell = None
+    _node_journal = _bell = None
 
 
 def hang_bell(bell: Bell) -> bool:
@@ -374,9 +374,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
                 logger.warning("what is on its way to Redis of task %s is not forgotten: %s", task_id, describe(exc))
         super()._forget(task_id)
 
-    @cached_property
+    @property
     def _pending(self) -> Shipper:
-        return Shipper(settings_of(self.app).journal_dir, lambda _: (), store=self.store_name)
+        assert _node_journal is not None  # who rings a bell has one
+        return Shipper(_node_journal.folder, lambda _: (), store=self.store_name)
 
     def store_progress(self, task_id: str, told: dict[str, Any], request: Any, at: float | None = None) -> None:
         """Stores the state PROGRESS, in Redis only, unless the task has ended there or has told something newer.

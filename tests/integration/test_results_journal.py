@@ -213,10 +213,11 @@ def test_what_a_node_leaves_is_brought_by_the_next_one_or_by_hand(tmp_path):
                 with Node(tmp_path / way, "-c", "1", env=env) as node:
                     held = client.send_task("shop.tasks.hold", args=("gate",))
                     node.notes.wait("hold", name="gate")
+                    eventually(lambda node=node: node.pids("mpworker: shipper"))
                     results.kill()
                     (node.folder / "gate").touch()
                     eventually(lambda node=node, held=held: lines_of(node, held))
-                    node.await_log("marked as not shipped")
+                    node.await_log("results wait in the journal")
                     if way == "killed":
                         node.signal(signal.SIGKILL)
                         node.wait()

@@ -140,6 +140,115 @@ def test_one_line_per_state_change_and_only_ends_have_a_runtime(folder: Path, jo
     assert ResultStore(folder).get_statistics()["completed"] == 1
 
 
+class Ringing:
+    """A bell with somebody who listens, or nobody, or somebody who has just died."""
+
+    def __init__(self, listens: bool = True, rings: bool = True) -> None:
+        self.listens, self.rings, self.rung = listens, rings, 0
+
+    def has_listener(self) -> bool:
+        return self.listens
+
+    def ring(self) -> bool:
+        self.rung += self.rings
+        return self.rings
+
+
+def marks(folder: Path) -> list[int]:
+    return [json.loads(line)["shipped"] for path in Journal.files(folder) for line in path.read_bytes().splitlines()]
+
+
+def test_redis_is_left_to_a_shipper_that_listens(folder: Path) -> None:
+    bell: Any = Ringing()
+    enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    assert backend.store_result("a", 7, "SUCCESS", request=request()) == 7
+    assert (bell.rung, marks(folder)) == (1, [0])
+    assert backend.client.get("celery-task-meta-a") is None
+    assert backend.get_task_meta("a")["result"] == 7  # from the journal
+    backend.store_result("b", 7, "STARTED", request=request(id="b"))
+    assert backend.get_state("b") == "STARTED"
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_without_one_each_process_writes_to_redis_itself(folder: Path, listens: bool) -> None:
+    bell: Any = Ringing(listens, rings=False)
+    enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    backend.store_result("a", 7, "SUCCESS", request=request())
+    assert (bell.rung, marks(folder)) == (0, [1])
+    assert backend.client.get("celery-task-meta-a") is not None
+
+
+@pytest.mark.parametrize("name", ["group", "chord", "chain", "callbacks", "errbacks"])
+def test_what_somebody_goes_on_with_is_written_at_once(folder: Path, name: str) -> None:
+    bell: Any = Ringing()
+    enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    backend.store_result("a", 7, "SUCCESS", request=request(**{name: "something"}))
+    assert (bell.rung, marks(folder)) == (0, [1])
+    assert backend.client.get("celery-task-meta-a") is not None
+
+
+def test_a_line_says_that_its_writer_is_at_it(folder: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backend_of()
+    seen: list[int] = []
+    monkeypatch.setattr(backend, "_put", lambda record: seen.extend(marks(folder)) or b"1")
+    backend.store_result("a", 1, "SUCCESS")
+    assert (seen, marks(folder)) == ([3], [1])
+    backend.down = OSError("away")
+    monkeypatch.undo()
+    backend.store_result("b", 1, "SUCCESS")
+    assert marks(folder) == [1, 0]  # from now on the shipper's
+
+
+def test_of_what_is_on_its_way_the_node_reads_what_redis_would_hold(folder: Path) -> None:
+    bell: Any = Ringing()
+    journal = enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    backend.store_result("a", 1, "SUCCESS", request=request())
+    backend.store_result("a", ValueError("late"), "FAILURE", request=request())
+    assert backend.get_task_meta("a", cache=False)["status"] == "SUCCESS"
+    backend.client.set("celery-task-meta-b", backend.encode({"status": "SUCCESS", "result": 2, "task_id": "b"}))
+    backend.store_result("b", 1, "STARTED", request=request(id="b"))
+    assert backend.get_task_meta("b")["result"] == 2  # another node was quicker
+    for fields in ({"store": "another"}, {"payload": None}, {"chord": True, "store": backend.store_name}):
+        journal.append(Record(**{"task_id": "c", "status": "SUCCESS", "payload": "{}", **fields}))
+    assert backend.get_state("c") == "PENDING"
+    backend.down = backend_down = redis.ConnectionError("away")
+    assert backend.get_task_meta("a", cache=False)["result"] == 1
+    with pytest.raises(type(backend_down)):
+        backend.get_task_meta("c", cache=False)
+
+
+def test_what_is_forgotten_is_not_shipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bell: Any = Ringing()
+    enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    for name in "aba":
+        backend.store_result(name, 1, "SUCCESS", request=request(id=name))
+    backend.forget("a")
+    assert marks(folder) == [1, 0, 1]
+    assert backend.get_state("a") == "PENDING"
+    backend.forget("nobody")
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Zurich"])
+@pytest.mark.parametrize("extended", [False, True])
+def test_redis_holds_what_celery_would_have_stored(
+    folder: Path, journal: Journal, zone: str, extended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = backend_of(timezone=zone, result_extended=extended)
+    asked = request(group="g", parent_id="p", children=[backend.app.AsyncResult("kid")])
+    for state in ("SUCCESS", "FAILURE", "STARTED", "RETRY"):
+        for given in (asked, None):
+            ours = backend._meta({"x": 1}, state, "text", given)
+            theirs = backend._get_result_meta({"x": 1}, state, "text", given)
+            both = [meta.pop("date_done") for meta in (ours, theirs)]
+            assert ours == theirs
+            assert [date and date[-6:] for date in both] in ([None, None], [both[0] and both[0][-6:]] * 2)
+
+
 def test_the_line_is_written_before_redis_is_asked(
     folder: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

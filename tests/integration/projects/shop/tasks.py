@@ -347,3 +347,14 @@ def say(text, times):
 @app.task
 def prints(text):
     print(text)
+
+
+@app.task
+def known(ids):
+    return [[result.state, str(result.result)] for result in map(app.AsyncResult, ids)]
+
+
+@app.task
+def forget(task_id):
+    app.AsyncResult(task_id).forget()
+    return app.AsyncResult(task_id).state

@@ -1,0 +1,155 @@
+"""The node's shipper: results get to Redis, and nobody who runs tasks waits for that, nor minds the shipper's death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import support
+from celery import Celery, chain, chord
+from integration.node import PATIENCE, Node, Server, ask, eventually, running
+
+from mpworker.results.journal import Journal
+
+Shop = tuple[Server, Node, Celery]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    with running(tmp_path_factory.mktemp("shop"), "-c", "2") as (server, node, client):
+        shipper_of(node)
+        yield server, node, client
+
+
+def send(shop: Shop, name: str, *args: Any, **options: Any) -> Any:
+    return shop[2].send_task(f"shop.tasks.{name}", args=args, **options)
+
+
+def shipper_of(node: Node, *but: int) -> int:
+    """Its pid, once it listens: it says what it is a moment before."""
+
+    def settled() -> list[int]:
+        return [pid for pid in node.pids("mpworker: shipper") if pid not in but and _locks(pid)]
+
+    (pid,) = eventually(settled, what="a shipper that listens")
+    return pid
+
+
+def _locks(pid: int) -> bool:
+    with open("/proc/locks") as file:
+        return any(f" {pid} " in line and "POSIX" in line for line in file)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: support.look(pid).state == "T")  # type: ignore[union-attr]
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def lines_of(node: Node, result: Any) -> list[dict[str, Any]]:
+    lines = [line for path in Journal.files(node.journal) for line in path.read_bytes().splitlines()]
+    return [line for line in map(json.loads, lines) if line["task_id"] == result.id]
+
+
+def ended(node: Node, result: Any) -> None:
+    eventually(lambda: lines_of(node, result), what="its record is in the journal")
+
+
+def test_a_result_is_the_shippers_from_the_journal_on(shop: Shop) -> None:
+    server, node, client = shop
+    with stopped(shipper_of(node)):
+        result = send(shop, "add", 1, 1)
+        ended(node, result)
+        assert [line["shipped"] for line in lines_of(node, result)] == [0]
+        assert result.state == "PENDING"
+        assert server.client().exists(f"celery-task-meta-{result.id}") == 0
+        before = ask(client, node, "stats")["total"]["shop.tasks.add"]
+        other = send(shop, "add", 2, 2)
+        ended(node, other)
+        assert ask(client, node, "stats")["total"]["shop.tasks.add"] == before + 1  # nobody waits for Redis
+    assert [result.get(timeout=PATIENCE), other.get(timeout=PATIENCE)] == [2, 4]
+    eventually(lambda: [line["shipped"] for line in lines_of(node, result)] == [1])
+
+
+def test_what_others_go_on_with_is_in_redis_first(shop: Shop) -> None:
+    _, node, client = shop
+
+    def sig(name: str, *args: Any) -> Any:
+        return client.signature(f"shop.tasks.{name}", args=args)
+
+    with stopped(shipper_of(node)):
+        steps = chain(sig("add", 1, 1), sig("add", 2), app=client)()
+        assert steps.parent.get(timeout=PATIENCE) == 2
+        parts = chord([sig("add", n, n) for n in range(4)], app=client)(sig("total")).parent
+        assert parts.get(timeout=PATIENCE) == [0, 2, 4, 6]
+        linked = sig("add", 3, 3).apply_async(link=sig("add", 1))
+        assert linked.get(timeout=PATIENCE) == 6
+        assert [line["shipped"] for line in lines_of(node, linked)] == [1]
+
+
+def test_in_the_node_its_own_results_are_known_at_once(shop: Shop) -> None:
+    _, node, _ = shop
+    with stopped(shipper_of(node)):
+        result = send(shop, "add", 20, 1)
+        failed = send(shop, "fail", "no")
+        ended(node, result)
+        ended(node, failed)
+        known = send(shop, "known", [result.id, failed.id, "nobody"], link=shop[2].signature("shop.tasks.give_back"))
+        assert known.get(timeout=PATIENCE) == [["SUCCESS", "21"], ["FAILURE", "no"], ["PENDING", "None"]]
+
+
+def test_what_is_forgotten_on_its_way_never_arrives(shop: Shop) -> None:
+    server, node, _ = shop
+    with stopped(shipper_of(node)):
+        result = send(shop, "add", 1, 2)
+        ended(node, result)
+        forgetting = send(shop, "forget", result.id, link=shop[2].signature("shop.tasks.give_back"))
+        assert forgetting.get(timeout=PATIENCE) == "PENDING"
+        after = send(shop, "add", 2, 2)
+        ended(node, after)
+    assert after.get(timeout=PATIENCE) == 4
+    assert server.client().exists(f"celery-task-meta-{result.id}") == 0
+    assert [line["shipped"] for line in lines_of(node, result)] == [1]
+
+
+def test_its_death_is_nobodys(shop: Shop) -> None:
+    _, node, client = shop
+    pid = shipper_of(node)
+    with stopped(pid):
+        result = send(shop, "add", 5, 5)
+        ended(node, result)
+        os.kill(pid, signal.SIGKILL)
+    assert result.get(timeout=PATIENCE) == 10  # by the next one
+    assert [send(shop, "add", n, n).get(timeout=PATIENCE) for n in range(5)] == [0, 2, 4, 6, 8]
+    assert ask(client, node, "stats")["pool"]["shipper"] == [shipper_of(node, pid)]
+    node.await_log("the service process has ended; it is started again")
+
+
+def test_redis_may_be_away_for_as_long_as_it_likes(shop: Shop) -> None:
+    """The results' server alone: no task, and no line of the log, is about it but the shipper's own."""
+    _, node, _ = shop
+    with Server() as results:
+        env = {"SHOP_RESULTS": results.results}
+        with running(node.folder / "other", "-c", "2", env=env) as (_, other, client):
+            shipper_of(other)
+            results.kill()
+            sent = [client.send_task("shop.tasks.late_add", args=(n, n)) for n in range(100)]
+            eventually(lambda: ask(client, other, "stats")["total"].get("shop.tasks.late_add") == 100)
+            eventually(lambda: all(lines_of(other, result) for result in sent))
+            other.await_log("results wait in the journal")
+            assert "marked as not shipped" not in other.log()
+            results.start()
+            with_results = Celery("watcher", broker=results.broker, backend=results.results, set_as_current=False)
+            found = [with_results.AsyncResult(result.id) for result in sent]
+            assert [result.get(timeout=PATIENCE) for result in found] == [2 * n for n in range(100)]
+            with_results.backend.result_consumer.cancel_for = lambda task_id: None
+            with_results.close()
