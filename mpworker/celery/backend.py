@@ -179,11 +179,10 @@ def disable_journal() -> None:
     _node_journal = _bell = None
 
 
-def hang_bell(bell: Bell) -> bool:
+def hang_bell(bell: Bell | None) -> bool:
     """From here on this process rings it when it has written to its node's journal; ``False`` if there is none."""
     global _bell
-    if _node_journal is not None:
-        _bell = bell
+    _bell = bell if _node_journal is not None else None
     return _node_journal is not None
 
 

@@ -171,6 +171,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 service=self._bell is not None,
                 label=f" ({hostname})" if hostname else "",
             ),
+            lent=self._bell.fds if self._bell else (),
             **description,
         )
 
@@ -313,6 +314,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._loop.disconnect()
         self._wakeup.disconnect()
         self._gate.disconnect()
+        if self._bell is not None:
+            shipping.take_down(self._bell)
+            self._bell = None
 
     def flush(self) -> None:
         """Forgets what has not started: its messages go back to the broker. Waits for the dispatcher's word, 1 s."""

@@ -40,8 +40,8 @@ logger = logging.getLogger("mpworker.results")
 
 #: Seconds between two looks, and for which a new record is left to its writer.
 _PAUSE = _GRACE = 1.0
-#: Seconds between two attempts to take the place of a shipper that was killed.
-_SOON = 0.01
+#: Seconds between two attempts to take the place of a shipper that was killed, and to have the folder to oneself.
+_SOON, _MOMENT = 0.01, 0.001
 #: Seconds between two attempts while Redis refuses: at most, and the factor by which they grow.
 _PAUSE_MAX, _GROWTH = 15.0, 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
@@ -338,6 +338,12 @@ def make_bell() -> Bell | None:
     return None
 
 
+def take_down(bell: Bell) -> None:
+    """Nobody rings it any more."""
+    hang_bell(None)
+    bell.close()
+
+
 def serve(hostname: str, bell: Bell, until: int) -> None:
     """What the shipper's process does: brings records to Redis as soon as they are in the node's journal.
 
@@ -389,12 +395,14 @@ class Shipping:
         look_at = 0.0
         rung = bell.fileno()
         while True:
-            ready, _, _ = select.select([rung, until], [], [], max(0.0, look_at - time.monotonic()))
+            heard = [until] if self._refused else [until, rung]
+            ready, _, _ = select.select(heard, [], [], max(0.0, look_at - time.monotonic()))
             if until in ready:
                 return
             if rung in ready:
                 bell.quiet()
-                if not self._refused and not self._attempt(self._catch_up):
+                self._attempt(partial(self._catch_up, bell))
+                if self._refused:
                     look_at = time.monotonic() + self._wait
             if time.monotonic() >= look_at:
                 self._look(_GRACE)
@@ -421,7 +429,7 @@ class Shipping:
             return None
         except Exception:
             logger.exception("the shipper failed; it tries again")
-            self._wait = _PAUSE_MAX
+            self._wait, self._refused = _PAUSE_MAX, True
             return None
         self._wait, self._refused = _PAUSE, False
         return delivered
@@ -431,12 +439,16 @@ class Shipping:
         self._delivery = self._delivery or Delivery(backend)
         return self._delivery, backend.store_name
 
-    def _catch_up(self) -> int:
+    def _catch_up(self, bell: Bell) -> int:
         """What has been appended to the node's own file since the last look at it."""
         if self._shipper is None:
-            return 0
+            return 0  # the folder has yet to be made
         with self._shipper.lock() as alone:
-            return self._shipper.follow(self._journal.path()) if alone else 0
+            if alone:
+                return self._shipper.follow(self._journal.path())
+        time.sleep(_MOMENT)  # another node's shipper is at it, or somebody ships by hand
+        bell.ring()
+        return 0
 
     def _look_everywhere(self, grace: float) -> int:
         delivery, store = self._deliver()

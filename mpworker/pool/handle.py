@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 from mpworker.errors import BootError, ProtocolError
@@ -116,9 +116,12 @@ class Handle:
         options: for the dispatcher.
         boot: from :func:`mpworker.pool.boot.describe`.
         heirlooms: what that has collected; closed with the pool.
+        lent: descriptors of the caller's that all of the pool's processes shall inherit under the same numbers.
     """
 
-    def __init__(self, options: PoolOptions, boot: bytes, heirlooms: Heirlooms | None = None) -> None:
+    def __init__(
+        self, options: PoolOptions, boot: bytes, heirlooms: Heirlooms | None = None, lent: Sequence[int] = ()
+    ) -> None:
         self.options = options
         #: the processes, as the dispatcher last told: dicts with pid, slot, lane
         self.workers: list[dict[str, int]] = []
@@ -128,7 +131,7 @@ class Handle:
         self.generation = 0
         self.finished = False
         self.ready = False
-        self._boot, self._heirlooms = boot, heirlooms or Heirlooms()
+        self._boot, self._heirlooms, self._lent = boot, heirlooms or Heirlooms(), lent
         #: a number for a job that is about to be submitted
         self.next_id: Callable[[], int] = itertools.count(1).__next__
         self._sent: dict[int, _Sent | _Plain] = {}
@@ -156,7 +159,8 @@ class Handle:
     def start(self) -> None:
         """Starts the dispatcher."""
         forked = self.options.start_method == "fork"
-        launch, fds = fleet.launch_forked if forked else fleet.launch, self._heirlooms.fds
+        launch = fleet.launch_forked if forked else fleet.launch
+        fds = [*self._heirlooms.fds, *self._lent]
         self._process, self._line = launch(fds) if fds else launch()
         self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._outbox = Outbox()
@@ -654,7 +658,7 @@ def verdict_of(frame: Frame) -> tuple[JobState, dict[str, Any]]:
     return open_verdict(frame.body)
 
 
-def make(options: PoolOptions, **description: Any) -> Handle:
+def make(options: PoolOptions, lent: Sequence[int] = (), **description: Any) -> Handle:
     """A handle whose children are described by the keywords of :func:`mpworker.pool.boot.describe`."""
     heirlooms, fork = Heirlooms(), options.start_method == "fork"
     try:
@@ -662,4 +666,4 @@ def make(options: PoolOptions, **description: Any) -> Handle:
     except BaseException:
         heirlooms.close()
         raise
-    return Handle(options, boot, heirlooms)
+    return Handle(options, boot, heirlooms, lent)

@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import suppress
 from math import inf
-from multiprocessing import reduction
 from typing import Any
 
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
@@ -24,7 +23,7 @@ _ASK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
 
 
 class Bell:
-    """Can be handed to child processes as the locks of :mod:`multiprocessing` can, and is inherited by forks.
+    """Can be pickled for child processes that inherit its descriptors, as forks do.
 
     Raises:
         OSError: the system has no such thing, or no descriptors left.
@@ -40,7 +39,12 @@ class Bell:
         self._ask_at = -inf
 
     def __reduce__(self) -> Any:
-        return _inherited, (reduction.DupFd(self._rope), reduction.DupFd(self._seat))
+        return Bell, self.fds
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """What a child has to inherit, under the same numbers, to which a bell is handed."""
+        return self._rope, self._seat
 
     def fileno(self) -> int:
         """Readable once it has been rung."""
@@ -86,7 +90,3 @@ class Bell:
     def close(self) -> None:
         os.close(self._rope)
         os.close(self._seat)
-
-
-def _inherited(rope: Any, seat: Any) -> Bell:
-    return Bell(rope.detach(), seat.detach())

@@ -333,7 +333,7 @@ def _note(tasks: dict[str, _Seen], record: Glance, path: Path, offset: int) -> f
     if old is not None:
         # Writers that only know the id (a revoke) leave the name to those that knew it.
         winner = new if _displaces(new, old) else old
-        new = winner._replace(name=new.name or old.name, retried=new.retried or old.retried)
+        new = winner._replace(name=winner.name or new.name or old.name, retried=new.retried or old.retried)
     tasks[record.task_id] = new
     return stamp
 

@@ -6,7 +6,8 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +53,8 @@ def stopped(pid: int) -> Iterator[None]:
         eventually(lambda: support.look(pid).state == "T")  # type: ignore[union-attr]
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def lines_of(node: Node, result: Any) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def test_what_others_go_on_with_is_in_redis_first(shop: Shop) -> None:
         assert parts.get(timeout=PATIENCE) == [0, 2, 4, 6]
         linked = sig("add", 3, 3).apply_async(link=sig("add", 1))
         assert linked.get(timeout=PATIENCE) == 6
-        assert [line["shipped"] for line in lines_of(node, linked)] == [1]
+        eventually(lambda: [line["shipped"] for line in lines_of(node, linked)] == [1])
 
 
 def test_in_the_node_its_own_results_are_known_at_once(shop: Shop) -> None:
@@ -153,3 +155,19 @@ def test_redis_may_be_away_for_as_long_as_it_likes(shop: Shop) -> None:
             assert [result.get(timeout=PATIENCE) for result in found] == [2 * n for n in range(100)]
             with_results.backend.result_consumer.cancel_for = lambda task_id: None
             with_results.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_however_processes_start(method: str, tmp_path: Path) -> None:
+    with running(tmp_path, "-c", "1", config={"mpworker_start_method": method}) as (_, node, client):
+        pid = shipper_of(node)
+        for _ in range(2):
+            with stopped(shipper_of(node)):
+                result = client.send_task("shop.tasks.add", args=(1, 1))
+                ended(node, result)
+                assert result.state == "PENDING"
+            assert result.get(timeout=PATIENCE) == 2
+            if method != "fork":  # its template's successor is none, and is said to be
+                (dispatcher,) = node.pids("mpworker: dispatcher")
+                os.kill(dispatcher, signal.SIGKILL)
+                shipper_of(node, pid)

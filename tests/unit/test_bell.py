@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpworker.pool.heirlooms import Heirlooms
 from mpworker.results import bell as module
 from mpworker.results.bell import Bell
 
@@ -87,15 +86,13 @@ def test_what_user_code_has_opened_in_its_place_is_not_written_to(bell: Bell) ->
     assert bell.ring()
 
 
-def test_it_can_be_inherited_by_processes_that_are_no_forks(bell: Bell) -> None:
-    heirlooms = Heirlooms()
-    (copy,) = pickle.loads(heirlooms.pack((bell,), "a bell", fork=False))
+def test_who_inherits_its_descriptors_may_be_handed_it(bell: Bell) -> None:
+    copy = pickle.loads(pickle.dumps(bell))
     assert copy.ring()
     assert rung(bell)
     pid = listener(bell)
     assert copy.has_listener()
     end(pid)
-    heirlooms.close()
 
 
 def test_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

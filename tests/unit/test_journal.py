@@ -15,7 +15,7 @@ import pytest
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results import journal as module
 from mpworker.results.journal import Flusher, Journal, Place
-from mpworker.results.reader import Tally, read_at, read_entries
+from mpworker.results.reader import Tally, read_at, read_entries, read_open
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
 
 
@@ -226,7 +226,8 @@ def test_a_record_seen_half_written_is_read_whole_the_next_time(tmp_path: Path) 
     tally = Tally()
     assert [entry.record.task_id for entry in read_entries([GrowingPath(path)], tally)] == ["t0"]
     assert (tally.end, tally.torn, tally.unfinished) == (len(lines[0]), 0, 1)
-    assert [entry.record.task_id for entry in read_entries([path], tally, tally.end)] == ["t1", "t2"]
+    with path.open("rb") as file:
+        assert [entry.record.task_id for entry in read_open(file, path, tally, tally.end)] == ["t1", "t2"]
 
 
 def test_in_batches_the_disk_is_at_most_a_moment_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

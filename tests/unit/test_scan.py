@@ -99,6 +99,19 @@ def test_the_same_is_found(files: list[list[bytes]], options: dict[str, Any], mo
         assert sorted(map(repr, searched)) == sorted(map(repr, noted))
 
 
+def test_a_task_is_found_by_the_name_that_is_shown(tmp_path: Path) -> None:
+    """Should two records of one task name it differently: the one that counts does."""
+    for status, name, second in (("SUCCESS", "proj.add", 1), ("STARTED", "proj.mul", 2)):
+        stamp = (START + timedelta(seconds=second)).isoformat(timespec="microseconds")
+        line = Record(task_id="a", status=status, name=name, key="k", timestamp=stamp).to_line()
+        with (tmp_path / "n-2026-05-01.jsonl").open("ab") as file:
+            file.write(line)
+    for wanted, found in (("proj.add", 1), ("proj.mul", 0)):
+        assert len(list(ResultStore(tmp_path).query(name=wanted))) == found
+        with searching(9, 1 << 20, 1 << 19):
+            assert len(list(ResultStore(tmp_path).query(name=wanted))) == found
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
 def test_a_file_in_parts_is_the_whole_file(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "n-2026-05-01.jsonl"
