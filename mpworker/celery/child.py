@@ -157,6 +157,8 @@ def _find(spec: AppSpec) -> Celery:
 
 
 _app: Celery | None = None
+#: this process is a fork of the main process, or is that itself
+_inherited = False
 _hostname: str | None = None
 
 
@@ -166,8 +168,8 @@ def adopt(app: Celery) -> None:
         if hasattr(fixup, "worker_fixup"):
             fixup.worker_fixup.worker = _Prefork(app)
     _import_clients(app)
-    global _app
-    _app = app
+    global _app, _inherited
+    _app, _inherited = app, True
 
 
 def initialize(hostname: str, journal: bool, bell: Bell | None = None) -> None:
@@ -227,13 +229,14 @@ def _set_up_logging(app: Celery, hostname: str) -> None:
     logfile = os.environ.get("CELERY_LOG_FILE") or None
     if logfile and "%i" in logfile.lower():
         app.log.already_setup = False
-    app.log.setup(
-        int(os.environ.get("CELERY_LOG_LEVEL") or 0),
-        logfile,
-        bool(os.environ.get("CELERY_LOG_REDIRECT")),
-        os.environ.get("CELERY_LOG_REDIRECT_LEVEL") or "WARNING",
-        hostname=hostname,
-    )
+    if not (_inherited and app.log.already_setup):
+        app.log.setup(
+            int(os.environ.get("CELERY_LOG_LEVEL") or 0),
+            logfile,
+            bool(os.environ.get("CELERY_LOG_REDIRECT")),
+            os.environ.get("CELERY_LOG_REDIRECT_LEVEL") or "WARNING",
+            hostname=hostname,
+        )
     keep_logs_whole()
     for logger in (logging.getLogger(), get_logger("celery")):
         for handler in logger.handlers:

@@ -10,6 +10,7 @@ transport) one supervisor thread does the same.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -191,7 +192,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return spec, {
             "preload": (child.load, (spec,)),
             "initializer": (child.initialize, (hostname, self._journals, self._bell)),
-            "service": ("shipper", shipping.serve, (hostname, self._bell)) if self._bell else None,
+            "service": ("shipper", shipping.serve, (self._settings, hostname, self._bell)) if self._bell else None,
             "finalizer": (child.finish, (0,)),
             "soft_error": child.soft_limit_error,
             "import_main": spec.in_main,
@@ -229,6 +230,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._start_method = method = start_method_of(self._settings, local)
         if method == "fork":
             child.adopt(self.app)
+            if not local:  # the program itself: what is there now stays, and is shared while nobody looks through it
+                gc.freeze()
         self.handle.options = options._replace(start_method=method)
         self.handle.start()
         if method == "fork" and not local:  # not a second time, for another dispatcher: this process will have threads

@@ -26,7 +26,6 @@ from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
 from mpworker.celery import child, progress
-from mpworker.celery.app import settings_of
 from mpworker.celery.backend import ResultBackend, hang_bell, refuses_scripts, rings_a_bell, storing_script
 from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
@@ -344,16 +343,17 @@ def take_down(bell: Bell) -> None:
     bell.close()
 
 
-def serve(hostname: str, bell: Bell, until: int) -> None:
+def serve(settings: Settings, hostname: str, bell: Bell, until: int) -> None:
     """What the shipper's process does: brings records to Redis as soon as they are in the node's journal.
 
     Args:
+        settings: the application's.
         hostname: the node's name.
         bell: that writers ring.
         until: a descriptor; returns when it is readable.
     """
     app = child.enter_service(hostname)
-    Shipping(app, settings_of(app), hostname).follow(bell, until)
+    Shipping(app, settings, hostname).follow(bell, until)
 
 
 class Shipping:

@@ -251,8 +251,6 @@ class Dispatcher:
 
     def begin(self) -> None:
         """From the nursery: workers can be started."""
-        if self._serves:
-            self._service.begin()
         if not self._ledger.begun:
             self._apply(f.Begun())
 
@@ -454,6 +452,8 @@ class Dispatcher:
                 began, at = (job, a) if kind is _STARTED else (-1, 0.0)
                 if kind is _READY:
                     crew.ready = True
+                    if self._serves:
+                        self._service.begin()
                     self.show_workers()
             if broken is not None:
                 raise broken

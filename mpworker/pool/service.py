@@ -26,8 +26,6 @@ from mpworker.pool.wire import Listener
 
 #: Its number among the workers'.
 SERVICE = 1 << 60
-#: Seconds before it is started: the workers come first.
-_DELAY = 0.3
 #: Seconds before it is started again: at first, and at most where it ends again and again.
 _PAUSE, _PAUSE_MAX = 0.2, 30.0
 #: Seconds after which one that ends has not failed to start.
@@ -60,9 +58,9 @@ class Service:
         self.deadline = inf
 
     def begin(self) -> None:
-        """Workers can be started; soon it is its turn."""
+        """A worker is ready: now it is its turn."""
         if self._crew is None and self.deadline == inf:
-            self.deadline = time.monotonic() + _DELAY
+            self.deadline = time.monotonic()
 
     def tick(self, now: float) -> None:
         """Starts it when it is time."""
