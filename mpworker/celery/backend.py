@@ -320,7 +320,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         except StoreError as exc:
             self._journal_warnings.warn("result of task %s goes to Redis only: %s", record.task_id, exc)
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
-        if not (left and bell is not None and bell.ring()):
+        if not (left and bell is not None and journal.holds(place) and bell.ring()):
             self._ship(journal, place, record)
         return encoded
 

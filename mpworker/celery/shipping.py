@@ -434,11 +434,6 @@ class Shipping:
         self._wait, self._refused = _PAUSE, False
         return delivered
 
-    def _deliver(self) -> tuple[Delivery, str]:
-        backend = backend_of(self._app)
-        self._delivery = self._delivery or Delivery(backend)
-        return self._delivery, backend.store_name
-
     def _catch_up(self, bell: Bell) -> int:
         """What has been appended to the node's own file since the last look at it."""
         if self._shipper is None:
@@ -451,10 +446,16 @@ class Shipping:
         return 0
 
     def _look_everywhere(self, grace: float) -> int:
-        delivery, store = self._deliver()
-        self._shipper = Shipper(self._folder, delivery, grace, _part_grace(self._app), store)
+        backend = backend_of(self._app)
+        delivery = self._delivery = self._delivery or Delivery(backend)
+        if self._shipper is None:
+            self._shipper = Shipper(self._folder, delivery, 0.0, _part_grace(self._app), backend.store_name)
+        self._shipper.grace = grace
         with self._shipper.lock() as alone:
-            return self._ship(self._shipper, delivery) if alone else 0
+            if not alone:
+                return 0
+            delivered = self._ship(self._shipper, delivery)
+            return delivered + (self._shipper.follow(self._journal.path()) if self._follows else 0)
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()

@@ -209,6 +209,15 @@ class Journal:
         except OSError:
             return  # still full; the next record of this process begins with the newline, and readers resynchronise
 
+    @staticmethod
+    def holds(place: Place) -> bool:
+        """Whether the record can be found there by others: nobody has removed or replaced the file meanwhile."""
+        try:
+            status = os.stat(place.path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == place.identity
+
     def mark(self, place: Place, digit: bytes = SHIPPED) -> bool:
         """Overwrites the ``shipped`` digit of a record. False when that was not possible; never raises ``OSError``."""
         self._check_fork()

@@ -78,7 +78,7 @@ class Shipper:
         store: str | None = None,
     ) -> None:
         self.folder, self._deliver, self._store = Path(folder), deliver, store
-        self._grace, self._part_grace = grace, part_grace
+        self.grace, self._part_grace = grace, part_grace
         self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
         self._name = ""
@@ -201,17 +201,18 @@ class Shipper:
         Raises:
             Refused: as :meth:`run`.
         """
+        delivered = 0
         try:
-            if self._followed is not None and not self._followed.leads_to(path):
-                self._followed.close()
-                self._followed = None
+            if self._followed is not None and not self._followed.leads_to(path):  # another day, or it was removed
+                delivered = self._run_open(self._followed.fd, self._followed.path).delivered
+                self.close()
             if self._followed is None:
                 self._followed = _Followed(path)
-            return self._run_open(self._followed.fd, path).delivered
+            return delivered + self._run_open(self._followed.fd, path).delivered
         except Refused:
             raise
         except OSError:
-            return 0  # :meth:`run` tells what is wrong with it
+            return delivered  # :meth:`run` tells what is wrong with it
 
     # -- one task ------------------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ class Shipper:
             time.sleep(0.001)
 
     def _is_young(self, record: Record) -> bool:
-        grace = self._part_grace if record.chord else self._grace if record.in_hand else 0.0
+        grace = self._part_grace if record.chord else self.grace if record.in_hand else 0.0
         return grace > 0 and 0 <= time.time() - record.when < grace
 
     def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
@@ -359,12 +360,12 @@ class _Followed:
 
     def __init__(self, path: Path) -> None:
         self.fd = _open(path)
-        self._path, self._text = path, str(path)
+        self.path, self._text = path, str(path)
 
     def leads_to(self, path: Path) -> bool:
         """Whether the path still leads to this file."""
         try:
-            return path == self._path and os.path.samestat(os.stat(self._text), os.fstat(self.fd))
+            return path == self.path and os.path.samestat(os.stat(self._text), os.fstat(self.fd))
         except FileNotFoundError:
             return False
 

@@ -123,6 +123,27 @@ def test_what_is_forgotten_on_its_way_never_arrives(shop: Shop) -> None:
     assert [line["shipped"] for line in lines_of(node, result)] == [1]
 
 
+def test_a_journal_that_is_removed_costs_no_result(shop: Shop) -> None:
+    _, node, _ = shop
+    assert send(shop, "add", 1, 1).get(timeout=PATIENCE) == 2
+    with stopped(shipper_of(node)):
+        before = [send(shop, "add", n, 1) for n in range(4)]
+        for result in before:
+            ended(node, result)
+        for path in Journal.files(node.journal):
+            path.unlink()
+        after = [send(shop, "add", n, 2) for n in range(4)]
+    assert [result.get(timeout=PATIENCE) for result in before] == [1, 2, 3, 4]  # by the shipper, which has it open
+    assert [result.get(timeout=PATIENCE) for result in after] == [2, 3, 4, 5]
+    eventually(lambda: lines_of(node, send_and_wait(shop)), what="the file has been made anew")
+
+
+def send_and_wait(shop: Shop) -> Any:
+    result = send(shop, "add", 0, 0)
+    assert result.get(timeout=PATIENCE) == 0
+    return result
+
+
 def test_its_death_is_nobodys(shop: Shop) -> None:
     _, node, client = shop
     pid = shipper_of(node)

@@ -180,6 +180,17 @@ def test_without_one_each_process_writes_to_redis_itself(folder: Path, listens: 
     assert backend.client.get("celery-task-meta-a") is not None
 
 
+def test_what_was_written_to_a_file_that_is_gone_is_no_shippers(folder: Path) -> None:
+    bell: Any = Ringing()
+    journal = enable_journal(Settings(journal=folder), NODE, bell)
+    backend = backend_of()
+    backend.store_result("a", 7, "SUCCESS", request=request())
+    journal.path().unlink()
+    backend.store_result("b", 7, "SUCCESS", request=request(id="b"))
+    assert bell.rung == 1
+    assert backend.client.get("celery-task-meta-b") is not None
+
+
 @pytest.mark.parametrize("name", ["group", "chord", "chain", "callbacks", "errbacks"])
 def test_what_somebody_goes_on_with_is_written_at_once(folder: Path, name: str) -> None:
     bell: Any = Ringing()

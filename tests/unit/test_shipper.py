@@ -347,6 +347,56 @@ def test_several_nodes_in_one_folder(tmp_path: Path) -> None:
     assert ship(tmp_path, redis) == Pass(2, 0)
 
 
+def test_what_is_followed_is_delivered_as_it_comes_whatever_becomes_of_the_file(tmp_path: Path) -> None:
+    redis, journal = Redis(), Journal(tmp_path, "n")
+    shipper = Shipper(tmp_path, redis)
+
+    def write(task_id: str) -> None:
+        journal.append(Record(task_id=task_id, status="SUCCESS", key="k", payload="{}"))
+
+    assert shipper.follow(journal.path()) == 0  # there is none yet
+    for name in "ab":
+        write(name)
+        assert shipper.follow(journal.path()) == 1
+    assert shipper.follow(journal.path()) == 0
+    write("c")
+    journal.path().unlink()
+    write("d")
+    assert shipper.follow(journal.path()) == 2
+    journal.close()
+    write("e")  # to a new file
+    assert shipper.follow(journal.path()) == 1
+    write("f")
+    assert shipper.follow(tmp_path / "another day") == 1
+    redis.refuses = True
+    write("g")
+    with pytest.raises(Refused):
+        shipper.follow(journal.path())
+    redis.refuses = False
+    assert shipper.follow(journal.path()) == 1
+    assert [name for name, _ in redis.got] == list("abcdefg")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    shipper.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
+
+
+def test_of_one_task_what_is_pending_is_found_and_forgotten(tmp_path: Path) -> None:
+    redis = Redis()
+    for task_id, status in (("a", "STARTED"), ("b", "SUCCESS"), ("a", "SUCCESS"), ('"a', "SUCCESS")):
+        put(tmp_path, task_id, status, payload='{"task_id":"a","status":"SUCCESS"}')
+    put(tmp_path, "a", "RETRY", shipped=True)
+    put(tmp_path, "a", "FAILURE", node="other")
+    (tmp_path / "empty-2026-01-01.jsonl").touch()
+    shipper = Shipper(tmp_path, redis)
+    assert [entry.record.status for entry in shipper.pending("a")] == ["STARTED", "SUCCESS", "FAILURE"]
+    assert shipper.pending("nobody") == []
+    shipper.forget("a", 1.0)
+    assert shipper.pending("a") == []
+    ship(tmp_path, redis)
+    assert redis.got == [("b", "SUCCESS"), ('"a', "SUCCESS")]
+    assert shipper.pending("b") == []
+
+
 def test_a_large_backlog_in_constant_memory(tmp_path: Path) -> None:
     redis = Redis()
     journal = Journal(tmp_path, "n")
