@@ -207,6 +207,30 @@ def ship(context: click.Context, path: Path | None, again: bool, any_backend: bo
 
 
 @cli.command()
+@_path
+@click.option("--timeout", type=float, default=3.0, show_default=True, help="Seconds that each answer may take.")
+@click.pass_context
+def health(context: click.Context, path: Path | None, timeout: float) -> None:
+    """Whether broker, results, journal, disk and nodes are well; exit code 1 if one of them is not."""
+    if not timeout > 0:
+        raise WrongOption(f"--timeout must be more than 0, not {timeout:g}")
+    from mpworker.celery.app import settings_of
+
+    try:
+        app = _app(context)
+        folder = path or settings_of(app).journal_dir
+        from mpworker.celery.health import look
+
+        findings = []
+        for finding in look(app, folder, timeout):
+            findings.append(finding)
+            click.echo(f"{'ok' if finding.well else 'BAD':<4}{finding.about:<8} {finding.text}")
+    except ConfigurationError as exc:
+        raise WrongOption(str(exc)) from None
+    context.exit(0 if all(finding.well for finding in findings) else 1)
+
+
+@cli.command()
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.pass_context
 def requeue(context: click.Context, ids: tuple[str, ...]) -> None:

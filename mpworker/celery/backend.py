@@ -34,7 +34,7 @@ from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
-from mpworker.results.bell import Bell
+from mpworker.results.bell import ONLY_IN_REDIS, Bell
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import (
     SHIPPED,
@@ -319,6 +319,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             place = journal.append(record)
         except StoreError as exc:
             self._journal_warnings.warn("result of task %s goes to Redis only: %s", record.task_id, exc)
+            if _bell is not None:
+                _bell.count(ONLY_IN_REDIS)
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
         if not (left and bell is not None and journal.holds(place) and bell.ring()):
             self._ship(journal, place, record)

@@ -592,6 +592,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 "shipper": [worker["pid"] for worker in workers if worker["lane"] == Lane.SERVICE],
                 "unfinished": len(self._jobs),
                 "dead-messages": self._deaths.given_up,
+                "results": self._bell.counts() if self._bell else {},
             }
         )
         return info

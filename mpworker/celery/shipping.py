@@ -29,7 +29,7 @@ from mpworker.celery import child, progress
 from mpworker.celery.backend import ResultBackend, hang_bell, refuses_scripts, rings_a_bell, storing_script
 from mpworker.celery.connection import quick_client
 from mpworker.errors import ConfigurationError, StoreError
-from mpworker.results.bell import Bell
+from mpworker.results.bell import BROKEN, UNREADABLE, Bell
 from mpworker.results.journal import Flusher, Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
 from mpworker.results.shipper import Pass, Refused, Shipper
@@ -39,6 +39,8 @@ logger = logging.getLogger("mpworker.results")
 
 #: Seconds between two looks, and for which a new record is left to its writer.
 _PAUSE = _GRACE = 1.0
+#: Seconds that one who ships by hand waits for a node that ships, too: it takes a moment each time.
+_TURN = 2.0
 #: Seconds between two attempts to take the place of a shipper that was killed, and to have the folder to oneself.
 _SOON, _MOMENT = 0.01, 0.001
 #: Seconds between two attempts while Redis refuses: at most, and the factor by which they grow.
@@ -273,13 +275,18 @@ def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False
     backend = backend_of(app)
     part_grace = _part_grace(app)
     shipper = Shipper(folder, Delivery(backend), 0.0, part_grace, None if any_store else backend.store_name)
-    with shipper.lock() as alone:
-        if not alone:
+    end = time.monotonic() + _TURN
+    while True:
+        with shipper.lock() as alone:
+            if alone:
+                try:
+                    found = shipper.run(again)
+                except Refused as exc:
+                    raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
+                break
+        if time.monotonic() > end:
             return None
-        try:
-            found = shipper.run(again)
-        except Refused as exc:
-            raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
+        time.sleep(_MOMENT)
     if found.problem:
         raise StoreError(found.problem)
     return found
@@ -374,6 +381,7 @@ class Shipping:
         self._shipper: Shipper | None = None
         self._discard_at = 0.0
         self._follows = False
+        self._bell: Bell | None = None
 
     def repeat(self) -> None:
         """Looks about once a second until the node ends, and once more: for nodes where each process writes to Redis
@@ -388,7 +396,7 @@ class Shipping:
         Args:
             until: a descriptor; returns when it is readable.
         """
-        self._follows = True
+        self._follows, self._bell = True, bell
         while not bell.listen():  # the one before this has yet to disappear
             if select.select([until], [], [], _SOON)[0]:
                 return
@@ -440,7 +448,7 @@ class Shipping:
             return 0  # the folder has yet to be made
         with self._shipper.lock() as alone:
             if alone:
-                return self._shipper.follow(self._journal.path())
+                return self._took(self._shipper.follow(self._journal.path()))
         time.sleep(_MOMENT)  # another node's shipper is at it, or somebody ships by hand
         bell.ring()
         return 0
@@ -455,7 +463,7 @@ class Shipping:
             if not alone:
                 return 0
             delivered = self._ship(self._shipper, delivery)
-            return delivered + (self._shipper.follow(self._journal.path()) if self._follows else 0)
+            return delivered + (self._took(self._shipper.follow(self._journal.path())) if self._follows else 0)
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()
@@ -471,10 +479,21 @@ class Shipping:
             self._problem = found.problem
             if found.problem:
                 logger.error("mpworker_journal: %s; what is in there is not shipped", found.problem)
+                self._count(UNREADABLE)
         if time.monotonic() > self._discard_at:
             self._discard_at = time.monotonic() + _DISCARD_EVERY
             for path in shipper.discard(*self._kept):
                 logger.info(
                     "%s is removed: it is older than journals are kept here, or there is too much of them", path
                 )
+        return self._took(found)
+
+    def _took(self, found: Pass) -> int:
+        if found.broken:
+            logger.warning("mpworker_journal: %d broken lines in %s are passed over", found.broken, self._folder)
+            self._count(BROKEN, found.broken)
         return found.delivered
+
+    def _count(self, what: str, number: int = 1) -> None:
+        if self._bell is not None:
+            self._bell.count(what, number)

@@ -104,7 +104,7 @@ def prepare_results(app: Celery, hostname: str) -> None:
     except Exception as exc:
         origin = _origin(variable, RESULT_VARIABLE, "result_backend")
         raise ConfigurationError(
-            f"{origin}: {_masked(app.conf.result_backend)} cannot be used: {_one_line(exc)}"
+            f"{origin}: {masked(app.conf.result_backend)} cannot be used: {_one_line(exc)}"
         ) from exc
     if (app.conf.result_backend or "").startswith("mpworker+"):
         from mpworker.celery import shipping
@@ -126,7 +126,7 @@ def check_broker_url(app: Celery) -> None:
     for each in url if isinstance(url, list | tuple) else str(url).split(";"):
         problem = _malformed(each)
         if problem:
-            raise ConfigurationError(f"{_broker_origin()}: {_masked(each)} is no broker URL: {problem}")
+            raise ConfigurationError(f"{_broker_origin()}: {masked(each)} is no broker URL: {problem}")
 
 
 def check_broker(app: Celery) -> None:
@@ -138,13 +138,22 @@ def check_broker(app: Celery) -> None:
     if app.conf.broker_connection_retry_on_startup:
         return
     try:
-        with app.connection_for_read(connect_timeout=_CONNECT_SECONDS) as connection:
-            if connection.transport.driver_type == "redis":
-                connection.transport_options.setdefault("socket_connect_timeout", _CONNECT_SECONDS)
-            connection.ensure_connection(max_retries=_CONNECT_RETRIES, interval_start=0.2, interval_step=0.2)
+        connect_once(app, _CONNECT_SECONDS)
     except Exception as exc:  # whatever a transport raises: nobody can work with this broker
-        url = _masked(app.conf.broker_read_url)
+        url = masked(app.conf.broker_read_url)
         raise ConfigurationError(f"{_broker_origin()}: no answer from the broker {url}: {_one_line(exc)}") from exc
+
+
+def connect_once(app: Celery, patience: float) -> None:
+    """Raises what the transport raises if nobody answers at the broker's address.
+
+    Args:
+        patience: seconds that one of a few attempts may take.
+    """
+    with app.connection_for_read(connect_timeout=patience) as connection:
+        if connection.transport.driver_type == "redis":
+            connection.transport_options.setdefault("socket_connect_timeout", patience)
+        connection.ensure_connection(max_retries=_CONNECT_RETRIES, interval_start=0.2, interval_step=0.2)
 
 
 def warn(app: Celery) -> None:
@@ -191,10 +200,10 @@ def _origin(*names: str) -> str:
     return next((name for name in names[:-1] if os.environ.get(name)), names[-1])
 
 
-def _masked(url: Any) -> str:
+def masked(url: Any) -> str:
     """The URL without its password."""
     if isinstance(url, list | tuple):
-        return ", ".join(_masked(each) for each in url)
+        return ", ".join(masked(each) for each in url)
     before, at, after = str(url).rpartition("@")
     head, separator, credentials = before.partition("://")
     user = credentials.partition(":")[0] if separator else ""

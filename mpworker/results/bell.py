@@ -17,6 +17,10 @@ from typing import Any
 
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi4x")
+#: What is counted, in words.
+ONLY_IN_REDIS, BROKEN, UNREADABLE = "results in Redis only", "broken lines passed over", "unreadable journal files"
+_COUNTED = (ONLY_IN_REDIS, BROKEN, UNREADABLE)
+_CELL = struct.Struct("<Q")
 #: Seconds for which a listener is believed to be there still: one that is killed has a successor soon.
 _MOMENT = 0.1
 _ASK = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
@@ -33,6 +37,7 @@ class Bell:
         if not (sys.platform.startswith("linux") and _FLOCK.size == 32):
             raise OSError("only Linux has event descriptors")
         self._rope = rope if rope >= 0 else os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        #: its first byte is locked by who listens; behind it is what is counted
         self._seat = seat if seat >= 0 else os.memfd_create("mpworker-bell")
         status = os.fstat(self._rope)
         self._kind = status.st_dev, status.st_ino
@@ -86,6 +91,22 @@ class Bell:
         """Forgets that it has been rung."""
         with suppress(BlockingIOError):
             os.eventfd_read(self._rope)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Adds to what is counted for the whole node. Never raises."""
+        at = _CELL.size * (1 + _COUNTED.index(what))
+        with suppress(OSError, struct.error):
+            fcntl.lockf(self._seat, fcntl.LOCK_EX, _CELL.size, at)
+            try:
+                (before,) = _CELL.unpack(os.pread(self._seat, _CELL.size, at) or bytes(_CELL.size))
+                os.pwrite(self._seat, _CELL.pack(before + number), at)
+            finally:
+                fcntl.lockf(self._seat, fcntl.LOCK_UN, _CELL.size, at)
+
+    def counts(self) -> dict[str, int]:
+        """What has been counted, by any process of the node."""
+        cells = os.pread(self._seat, _CELL.size * len(_COUNTED), _CELL.size).ljust(_CELL.size * len(_COUNTED), b"\0")
+        return dict(zip(_COUNTED, (cell for (cell,) in _CELL.iter_unpack(cells)), strict=True))
 
     def close(self) -> None:
         os.close(self._rope)

@@ -46,12 +46,14 @@ class Pass(NamedTuple):
         young: records that are perhaps being shipped by their writer.
         others: records that are meant for another result backend.
         problem: what is wrong with a file, in words; the other files are done all the same.
+        broken: lines that are none, and passed over.
     """
 
     delivered: int
     young: int = 0
     others: int = 0
     problem: str = ""
+    broken: int = 0
 
 
 class Refused(StoreError):
@@ -81,6 +83,9 @@ class Shipper:
         self.grace, self._part_grace = grace, part_grace
         self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
+        #: what the checkpoint says of it, and which file that is
+        self._kept: dict[str, tuple[str, int]] = {}
+        self._kept_at: tuple[int, int] | None = None
         self._name = ""
         self._lock_path = str(self.folder / _LOCK)
         self._followed: _Followed | None = None
@@ -117,12 +122,12 @@ class Shipper:
 
     def name(self) -> tuple[str, bool]:
         """Of this folder, for ever; and whether it has just been given. Empty where nothing can be kept in it."""
-        self._settled = self._read_checkpoint()
+        self._refresh()
         if self._name:
             return self._name, False
         self._name = secrets.token_hex(8)
         self._write_checkpoint()
-        self._settled = self._read_checkpoint()
+        self._settled = self._read_checkpoint()  # and the name, if it could be kept
         return self._name, True
 
     def run(self, again: bool = False) -> Pass:
@@ -134,8 +139,8 @@ class Shipper:
         Raises:
             Refused: ``deliver`` has raised something; what it had not delivered is found again by the next run.
         """
-        self._settled = self._read_checkpoint()  # another shipper may have gone on meanwhile
-        before, found = dict(self._settled), Pass(0)
+        self._refresh()
+        found = Pass(0)
         try:
             for path in Journal.files(self.folder):
                 try:
@@ -147,7 +152,7 @@ class Shipper:
                 except OSError as exc:
                     found = found._replace(problem=f"cannot read {path}: {exc.strerror or exc}")
         finally:
-            if self._settled != before:
+            if self._settled != self._kept:
                 self._write_checkpoint()
         return found
 
@@ -192,27 +197,43 @@ class Shipper:
         delivered += self._ship(fd, batch)
         if not young:
             self._settled[path.name] = identity, tally.end
-        return Pass(delivered, young, others)
+        return Pass(delivered, young, others, broken=0 if young else tally.torn)
 
-    def follow(self, path: Path) -> int:
-        """Delivers what has been appended to one file since it was looked at last; returns how many. Remembers how far
-        it came, but leaves the checkpoint to :meth:`run`. The caller holds the lock.
+    def follow(self, path: Path) -> Pass:
+        """Delivers what has been appended to one file since it was looked at last. Remembers how far it came, but
+        leaves the checkpoint to :meth:`run`. The caller holds the lock.
 
         Raises:
             Refused: as :meth:`run`.
         """
-        delivered = 0
+        found = Pass(0)
         try:
             if self._followed is not None and not self._followed.leads_to(path):  # another day, or it was removed
-                delivered = self._run_open(self._followed.fd, self._followed.path).delivered
+                found = self._run_open(self._followed.fd, self._followed.path)
                 self.close()
             if self._followed is None:
                 self._followed = _Followed(path)
-            return delivered + self._run_open(self._followed.fd, path).delivered
+            return _sum(found, self._run_open(self._followed.fd, path))
         except Refused:
             raise
         except OSError:
-            return delivered  # :meth:`run` tells what is wrong with it
+            return found  # :meth:`run` tells what is wrong with it
+
+    def backlog(self) -> tuple[int, float, int]:
+        """How many records wait for Redis, when the first of them was written (seconds since the epoch), and how many
+        broken lines are among what has been written since all was settled."""
+        settled, tally, times = self._read_checkpoint(), Tally(), []
+        for path in Journal.files(self.folder):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                known, start = settled.get(path.name, ("", 0))
+                if known != _identity(file.fileno(), os.fstat(file.fileno()).st_ino):
+                    start = 0
+                for entry in read_open(file, path, tally, start, unshipped=True):
+                    record = entry.record
+                    ours = self._store is None or record.store in (None, self._store)
+                    if ours and not record.shipped and not _needless(record):
+                        times.append(record.when)
+        return len(times), min(times, default=0.0), tally.torn
 
     # -- one task ------------------------------------------------------------------------------------------------
 
@@ -301,6 +322,19 @@ class Shipper:
 
     # -- how far all is settled ----------------------------------------------------------------------------------
 
+    def _refresh(self) -> None:
+        """Takes over what another shipper has settled meanwhile; what this one has is known better than the file."""
+        if (stamp := self._stamp()) != self._kept_at:
+            self._kept_at, self._settled = stamp, self._read_checkpoint()
+            self._kept = dict(self._settled)
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self._checkpoint)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
     def _read_checkpoint(self) -> dict[str, tuple[str, int]]:
         try:
             found = json.loads(self._checkpoint.read_bytes())
@@ -320,11 +354,16 @@ class Shipper:
             with open(fd, "w") as file:
                 json.dump({"name": self._name, "files": files}, file)
             fresh.replace(path)
+            self._kept_at, self._kept = self._stamp(), dict(self._settled)
 
 
 def _sum(one: Pass, two: Pass) -> Pass:
     return Pass(
-        one.delivered + two.delivered, one.young + two.young, one.others + two.others, one.problem or two.problem
+        one.delivered + two.delivered,
+        one.young + two.young,
+        one.others + two.others,
+        one.problem or two.problem,
+        one.broken + two.broken,
     )
 
 

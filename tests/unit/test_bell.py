@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpworker.results import bell as module
-from mpworker.results.bell import Bell
+from mpworker.results.bell import BROKEN, ONLY_IN_REDIS, UNREADABLE, Bell
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has such a bell")
 
@@ -92,6 +92,29 @@ def test_who_inherits_its_descriptors_may_be_handed_it(bell: Bell) -> None:
     assert rung(bell)
     pid = listener(bell)
     assert copy.has_listener()
+    end(pid)
+
+
+def counting(bell: Bell) -> int:
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(100):
+            bell.count(BROKEN)
+        os._exit(0)
+    return pid
+
+
+def test_what_any_process_counts_is_counted_for_all(bell: Bell) -> None:
+    assert set(bell.counts().values()) == {0}
+    children = [counting(bell) for _ in range(4)]
+    for pid in children:
+        os.waitpid(pid, 0)
+    bell.count(ONLY_IN_REDIS, 7)
+    assert bell.counts() == {ONLY_IN_REDIS: 7, BROKEN: 400, UNREADABLE: 0}
+    pid = listener(bell)
+    bell.count(UNREADABLE)  # the listener's lock is in nobody's way
+    assert bell.counts()[UNREADABLE] == 1
+    assert bell.has_listener()
     end(pid)
 
 

@@ -236,11 +236,11 @@ def test_torn_lines_and_whole_ones_glued_to_them(tmp_path: Path) -> None:
     (file,) = Journal.files(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(whole[:50] + whole + b"nonsense\n" + whole[:40])
-    assert ship(tmp_path, redis) == Pass(1, 0)
+    assert ship(tmp_path, redis) == Pass(1, broken=2)
     assert redis.got == [("a", "SUCCESS")]
     assert b'"shipped": 1' in file.read_bytes()
     file.write_bytes(file.read_bytes()[:-40] + whole)
-    assert ship(tmp_path, redis) == Pass(1, 0)
+    assert ship(tmp_path, redis) == Pass(1, broken=2)  # from the beginning: it has been written over
 
 
 def test_again_is_everything_that_was_not_superseded(tmp_path: Path) -> None:
@@ -354,26 +354,26 @@ def test_what_is_followed_is_delivered_as_it_comes_whatever_becomes_of_the_file(
     def write(task_id: str) -> None:
         journal.append(Record(task_id=task_id, status="SUCCESS", key="k", payload="{}"))
 
-    assert shipper.follow(journal.path()) == 0  # there is none yet
+    assert shipper.follow(journal.path()).delivered == 0  # there is none yet
     for name in "ab":
         write(name)
-        assert shipper.follow(journal.path()) == 1
-    assert shipper.follow(journal.path()) == 0
+        assert shipper.follow(journal.path()).delivered == 1
+    assert shipper.follow(journal.path()).delivered == 0
     write("c")
     journal.path().unlink()
     write("d")
-    assert shipper.follow(journal.path()) == 2
+    assert shipper.follow(journal.path()).delivered == 2
     journal.close()
     write("e")  # to a new file
-    assert shipper.follow(journal.path()) == 1
+    assert shipper.follow(journal.path()).delivered == 1
     write("f")
-    assert shipper.follow(tmp_path / "another day") == 1
+    assert shipper.follow(tmp_path / "another day").delivered == 1
     redis.refuses = True
     write("g")
     with pytest.raises(Refused):
         shipper.follow(journal.path())
     redis.refuses = False
-    assert shipper.follow(journal.path()) == 1
+    assert shipper.follow(journal.path()).delivered == 1
     assert [name for name, _ in redis.got] == list("abcdefg")
     descriptors = len(os.listdir("/proc/self/fd"))
     shipper.close()
