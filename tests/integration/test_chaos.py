@@ -1,7 +1,7 @@
 """Two nodes work while the results' server is killed again and again, with and without its data, and so are they.
 
-Whatever happens, each task ends once, its record is in the journal, and the same is in Redis afterwards. The long form
-is not part of a normal run::
+Whatever happens, each task ends once, its record is in the journal, and the same is in Redis afterwards; what ends
+while the disk is full is in Redis alone. The long form is not part of a normal run::
 
     pytest -n 0 -m long -s -o faulthandler_timeout=0 tests/integration/test_chaos.py
 
@@ -13,15 +13,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from integration.node import Node, Server, client_of, eventually
 
 from mpworker import ResultStore
+from mpworker.results.journal import Journal
 
 SEED = int(os.environ.get("_MPWORKER_CHAOS_SEED", "0")) or random.randrange(1, 1 << 32)
 #: Seconds after which a message whose node was killed is delivered again.
@@ -42,6 +45,10 @@ class Chaos:
             if pids:
                 with suppress(ProcessLookupError):
                     os.kill(self.choose.choice(pids), signal.SIGKILL)
+        elif move == "shipper":
+            for pid in self.choose.choice(self.nodes).pids("mpworker: shipper"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         elif move == "node":
             node = self.choose.choice(self.nodes)
             node.kill()
@@ -52,6 +59,22 @@ class Chaos:
             if move == "empty":
                 self.results.forget()
             self.results.start()
+
+    @contextmanager
+    def full_disk(self, journal: Path) -> Iterator[None]:
+        """No process of the nodes can make a file longer than the shortest of the journal's is now."""
+        shortest = min(path.stat().st_size for path in Journal.files(journal))
+        before = {}
+        for pid in [pid for node in self.nodes for pid in node.processes()]:
+            with suppress(ProcessLookupError):
+                before[pid] = resource.prlimit(pid, resource.RLIMIT_FSIZE, (shortest, resource.RLIM_INFINITY))
+        self.moves.append("disk")
+        try:
+            yield
+        finally:
+            for pid, limits in before.items():
+                with suppress(ProcessLookupError):
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 def run(folder: Path, tasks: int, moves: list[str], seed: int) -> int:
@@ -104,14 +127,23 @@ def run(folder: Path, tasks: int, moves: list[str], seed: int) -> int:
                 assert record.result == ids[record.task_id]
             counts = store.get_statistics()
             assert (counts["total_tasks"], counts["failed"], counts["torn_lines"]) == (len(ids), 0, 0)
+            with chaos.full_disk(journal):
+                late = [client.send_task("shop.tasks.give_back", args=(f"late {n}",)).id for n in range(20)]
+                keys = [f"celery-task-meta-{task_id}" for task_id in late]
+                eventually(lambda: all(client_of_results.mget(keys)), 60.0, "what ends now is in Redis")
+            found = [json.loads(text) for text in client_of_results.mget(keys)]
+            assert [meta["result"] for meta in found] == [f"late {n}" for n in range(20)]
+            assert any("goes to Redis only" in node.log() for node in nodes)
             return len(ids)
 
 
 def test_a_short_storm_loses_nothing(tmp_path: Path) -> None:
-    assert run(tmp_path, 300, ["worker"] * 4 + ["redis", "redis", "empty"], SEED) == 300
+    assert run(tmp_path, 300, ["worker"] * 4 + ["redis", "redis", "empty", "shipper"], SEED) == 300
 
 
 @pytest.mark.long
 def test_a_long_storm_loses_nothing(tmp_path: Path) -> None:
-    ended = run(tmp_path, 20_000, ["worker"] * 60 + ["node"] * 6 + ["redis"] * 5 + ["empty"] * 5, SEED)
+    ended = run(
+        tmp_path, 20_000, ["worker"] * 60 + ["shipper"] * 10 + ["node"] * 6 + ["redis"] * 5 + ["empty"] * 5, SEED
+    )
     assert 20_000 - 6 <= ended <= 20_000
