@@ -33,6 +33,7 @@ from redis import exceptions as redis_errors
 from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
+from mpworker.celery.scripts import SKEW, STORE, WRONG_TYPE, refuses_scripts
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.bell import ONLY_IN_REDIS, Bell
 from mpworker.results.journal import Journal, Place
@@ -72,78 +73,6 @@ _SCHEMES = {
     "redis+socket": "socket",
     "redis+unix": "socket",
 }
-
-#: A word on progress that is newer than ours by more than this (seconds) is due to a clock, and replaced.
-_SKEW = 10.0
-
-
-def storing_script(rule: str, functions: str = "") -> str:
-    """The script that stores results, publishes them, and notes in the history what has ended.
-
-    KEYS: of the tasks; behind them that of the history, if there is one. ARGV: how many the history holds; then for
-    each task payload, milliseconds to live (0 for ever), two for the rule, and a summary for the history, or nothing.
-    Returns for each 1: stored; 0: a SUCCESS was there; -1: what is there is no JSON, nothing done; -2: what is there is
-    no text, nothing done; or what the rule returns.
-
-    Args:
-        rule: returns where ``meta``, whose ``status`` is there, is not to be replaced; ``a`` and ``b`` are its two
-            arguments. No SUCCESS comes to it.
-        functions: that the rule calls.
-    """
-    return f"""
-{functions}
-local function store(key, payload, live, a, b, summary, history)
-    local old = redis.pcall('GET', key)
-    if type(old) == 'table' then
-        return string.find(old['err'], 'WRONGTYPE') and -2 or old
-    end
-    if old and old ~= payload then
-        local readable, meta = pcall(cjson.decode, old)
-        if not readable or type(meta) ~= 'table' then
-            return -1
-        end
-        local status = meta['status']
-        if status == 'SUCCESS' then
-            return 0
-        end
-        {rule}
-    end
-    if tonumber(live) > 0 then
-        redis.call('SET', key, payload, 'PX', live)
-    else
-        redis.call('SET', key, payload)
-    end
-    redis.call('PUBLISH', key, payload)
-    if summary ~= '' then
-        redis.call('XADD', history, 'MAXLEN', '~', ARGV[1], '*', 'r', summary)
-    end
-    return 1
-end
-local replies, tasks = {{}}, (#ARGV - 1) / 5
-for i = 1, tasks do
-    local at = 5 * i - 3
-    local reply = store(KEYS[i], ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], KEYS[tasks + 1])
-    if type(reply) == 'table' then
-        return reply
-    end
-    replies[i] = reply
-end
-return replies
-"""
-
-
-#: A reply of that script.
-WRONG_TYPE = -2
-
-#: Arguments: with the state PROGRESS its time, and _SKEW.
-_STORE = storing_script("""
-        if a ~= '' then
-            local newer = (tonumber(meta['told']) or 0) - tonumber(a)
-            if status == 'FAILURE' or status == 'REVOKED' or (newer > 0 and newer < tonumber(b)) then
-                return 0
-            end
-        end
-""")
 
 _node_journal: Journal | None = None
 _bell: Bell | None = None
@@ -503,7 +432,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
 
     @cached_property
     def _store_script(self) -> Any:
-        return self.quick_client.register_script(_STORE)
+        return self.quick_client.register_script(STORE)
 
     def _put(self, record: Record, told: float | None = None) -> bytes:
         """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal.
@@ -525,7 +454,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         return self._put_plainly(record, told)
 
     def _put_by_script(self, record: Record, told: float | None) -> int:
-        rule = 1000 * (record.expires or 0), "" if told is None else told, _SKEW
+        rule = 1000 * (record.expires or 0), "" if told is None else told, SKEW
         try:
             keys, args = self.arguments([record], lambda _: rule)
             (reply,) = self._store_script(keys=keys, args=args)
@@ -562,7 +491,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         if told is None:
             return bool(meta.get("status") == states.SUCCESS)
         try:
-            return meta.get("status") in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < _SKEW
+            return meta.get("status") in states.READY_STATES or 0 < float(meta.get("told", 0)) - told < SKEW
         except (TypeError, ValueError):
             return False
 
@@ -574,10 +503,6 @@ def _text(task_id: Any) -> Any:
 def _is_awaited(request: Any) -> bool:
     """Whether something in the cluster goes on as soon as this task has ended, and may ask for its result."""
     return any(getattr(request, name, None) for name in ("group", "chord", "chain", "callbacks", "errbacks"))
-
-
-def refuses_scripts(exc: redis_errors.ResponseError) -> bool:
-    return isinstance(exc, redis_errors.NoPermissionError) or "unknown command" in str(exc).lower()
 
 
 def _redis_url(url: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """What is in journals is brought to Redis, however long that takes: by a node's shipper, and from a dead one's folder.
 
-Owns when a node's shipper looks, how long it waits while Redis refuses, and the rule by which a late record is still
-news (one script in Redis keeps it). Finds no records itself; see :mod:`mpworker.results.shipper`.
+Owns when a node's shipper looks, and how long it waits while Redis refuses. Finds no records itself: that is
+:mod:`mpworker.results.shipper`. What a late record may replace, :mod:`mpworker.celery.scripts` says.
 
 A process of its own where the pool keeps one running, so that who runs tasks need not wait for Redis; with other pools
 a thread, for what their processes could not bring themselves.
@@ -26,8 +26,9 @@ from celery import Celery, signals, states
 from redis import exceptions as redis_errors
 
 from mpworker.celery import child, progress
-from mpworker.celery.backend import ResultBackend, hang_bell, refuses_scripts, rings_a_bell, storing_script
+from mpworker.celery.backend import ResultBackend, hang_bell, rings_a_bell
 from mpworker.celery.connection import quick_client
+from mpworker.celery.scripts import DELIVER, refuses_scripts
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.bell import BROKEN, UNREADABLE, Bell
 from mpworker.results.journal import Flusher, Journal
@@ -53,42 +54,6 @@ _PATIENCE = 60.0
 #: Seconds between two looks for files that are too old.
 _DISCARD_EVERY = 3600.0
 
-_SECONDS = """
-local function seconds(text)
-    local y, m, d, h, min, s, sign, oh, om =
-        string.match(text, '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)([+-])(%d+):(%d+)$')
-    if not y then
-        return nil
-    end
-    y, m = tonumber(y), tonumber(m)
-    if m < 3 then
-        y, m = y - 1, m + 12
-    end
-    local days = 365 * y + math.floor(y / 4) - math.floor(y / 100) + math.floor(y / 400)
-        + math.floor((153 * (m - 3) + 2) / 5) + d
-    local offset = (oh * 60 + om) * (sign == '-' and -60 or 60)
-    return ((days * 24 + h) * 60 + min) * 60 + s - offset
-end
-"""
-#: Arguments: the record's time; its state, or LATE for a start of long ago. Returns also 2: something newer was there.
-_RULE = """
-        if b ~= 'SUCCESS' then
-            local done, told, time = meta['date_done'], status == 'PROGRESS' and tonumber(meta['told']), seconds(a)
-            if status == 'FAILURE' or status == 'REVOKED' then
-                local ended = type(done) == 'string' and seconds(done)
-                if not ended or not time or ended >= time then
-                    return 2
-                end
-            end
-            if told and time and told + seconds('1970-01-01T00:00:00+00:00') >= time then
-                return 2
-            end
-            if b == 'LATE' and (status == 'STARTED' or status == 'RETRY' or status == 'PROGRESS') then
-                return 2
-            end
-        end
-"""
-_DELIVER = storing_script(_RULE, _SECONDS)
 _DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
 #: Seconds after which a start, which says nothing of its time in Redis, is no news where something else is known.
 _LATE = 2.0
@@ -102,7 +67,7 @@ class Delivery:
     def __init__(self, backend: ResultBackend) -> None:
         self._backend = backend
         self._client = quick_client(backend, _PATIENCE).client()  # with one connection, which is kept
-        self._script = self._client.register_script(_DELIVER)
+        self._script = self._client.register_script(DELIVER)
 
     def __call__(self, records: Sequence[Record]) -> list[bytes]:
         """See :data:`mpworker.results.shipper.Deliver`.
