@@ -33,7 +33,7 @@ from redis import exceptions as redis_errors
 from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
-from mpworker.celery.scripts import SKEW, STORE, WRONG_TYPE, refuses_scripts
+from mpworker.celery.scripts import HISTORY_REFUSED, SKEW, STORE, WRONG_TYPE, refuses_scripts
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.bell import ONLY_IN_REDIS, Bell
 from mpworker.results.journal import Journal, Place
@@ -202,11 +202,12 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         keys = [record.key for record in records]
         return [*keys, self.history_key] if self._history else keys, args
 
-    def give_up_history(self, exc: Exception) -> bool:
+    def give_up_history(self, why: Exception | str) -> bool:
         """After a refusal that may be due to it; ``False`` if there was none."""
         if not self._history:
             return False
-        logger.warning("Redis keeps no history of results for --cluster: %s", describe(exc))
+        text = why if isinstance(why, str) else describe(why)
+        logger.warning("Redis keeps no history of results for --cluster: %s", text)
         self._history = 0
         return True
 
@@ -464,6 +465,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             return self._put_by_script(record, told)
         if reply == WRONG_TYPE:
             raise redis_errors.ResponseError(f"WRONGTYPE {record.key} holds no text")
+        if reply == HISTORY_REFUSED:
+            self.give_up_history("it does not take it")
         return int(reply)
 
     def _put_plainly(self, record: Record, told: float | None) -> bytes:
@@ -502,7 +505,9 @@ def _text(task_id: Any) -> Any:
 
 def _is_awaited(request: Any) -> bool:
     """Whether something in the cluster goes on as soon as this task has ended, and may ask for its result."""
-    return any(getattr(request, name, None) for name in ("group", "chord", "chain", "callbacks", "errbacks"))
+    awaited = any(getattr(request, name, None) for name in ("group", "chord", "callbacks", "errbacks"))
+    # Celery 5.5 has taken the next link out by now, and has left an empty list.
+    return awaited or getattr(request, "chain", None) is not None
 
 
 def _redis_url(url: str | None) -> str | None:

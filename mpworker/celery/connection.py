@@ -88,6 +88,7 @@ def quick_client(backend: Any, patience: float) -> Any:
     from redis.backoff import NoBackoff
 
     params = dict(backend.connparams)
+    params.pop("max_connections", None)  # meant for Celery's own client
     for name in ("socket_timeout", "socket_connect_timeout"):
         if name in params:
             params[name] = min(params[name] or patience, patience)

@@ -17,7 +17,7 @@ def storing_script(rule: str, functions: str = "") -> str:
     KEYS: of the tasks; behind them that of the history, if there is one. ARGV: how many the history holds; then for
     each task payload, milliseconds to live (0 for ever), two for the rule, and a summary for the history, or nothing.
     Returns for each 1: stored; 0: a SUCCESS was there; -1: what is there is no JSON, nothing done; -2: what is there is
-    no text, nothing done; or what the rule returns.
+    no text, nothing done; 3: stored, but the history does not take it; or what the rule returns.
 
     Args:
         rule: returns where ``meta``, whose ``status`` is there, is not to be replaced; ``a`` and ``b`` are its two
@@ -49,7 +49,10 @@ local function store(key, payload, live, a, b, summary, history)
     end
     redis.call('PUBLISH', key, payload)
     if summary ~= '' then
-        redis.call('XADD', history, 'MAXLEN', '~', ARGV[1], '*', 'r', summary)
+        local noted = redis.pcall('XADD', history, 'MAXLEN', '~', ARGV[1], '*', 'r', summary)
+        if type(noted) == 'table' then
+            return 3
+        end
     end
     return 1
 end
@@ -66,8 +69,8 @@ return replies
 """
 
 
-#: A reply of that script.
-WRONG_TYPE = -2
+#: Replies of that script.
+WRONG_TYPE, HISTORY_REFUSED = -2, 3
 
 #: Arguments: with the state PROGRESS its time, and SKEW.
 STORE = storing_script("""

@@ -9,6 +9,7 @@ a thread, for what their processes could not bring themselves.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import random
@@ -28,7 +29,7 @@ from redis import exceptions as redis_errors
 from mpworker.celery import child, progress
 from mpworker.celery.backend import ResultBackend, hang_bell, rings_a_bell
 from mpworker.celery.connection import quick_client
-from mpworker.celery.scripts import DELIVER, refuses_scripts
+from mpworker.celery.scripts import DELIVER, HISTORY_REFUSED, refuses_scripts
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.bell import BROKEN, UNREADABLE, Bell
 from mpworker.results.journal import Flusher, Journal
@@ -42,10 +43,12 @@ logger = logging.getLogger("mpworker.results")
 _PAUSE = _GRACE = 1.0
 #: Seconds that one who ships by hand waits for a node that ships, too: it takes a moment each time.
 _TURN = 2.0
-#: Seconds between two attempts to take the place of a shipper that was killed, and to have the folder to oneself.
-_SOON, _MOMENT = 0.01, 0.001
+#: Seconds between two attempts to take the place of a shipper that was killed, and to have a file to oneself.
+_SOON, _MOMENT = 0.01, 0.005
 #: Seconds between two attempts while Redis refuses: at most, and the factor by which they grow.
 _PAUSE_MAX, _GROWTH = 15.0, 2.0
+#: The same while it does not even answer: to find out costs little, and new results wait for it.
+_AWAY_MAX = 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
 _LAST_TRY = 2.0
 
@@ -54,7 +57,7 @@ _PATIENCE = 60.0
 #: Seconds between two looks for files that are too old.
 _DISCARD_EVERY = 3600.0
 
-_DIGITS = {1: SHIPPED, 2: SHIPPED, 0: SUPERSEDED}
+_DIGITS = {1: SHIPPED, 2: SHIPPED, HISTORY_REFUSED: SHIPPED, 0: SUPERSEDED}
 #: Seconds after which a start, which says nothing of its time in Redis, is no news where something else is known.
 _LATE = 2.0
 #: Records that one script stores: others want to be served in between.
@@ -99,7 +102,10 @@ class Delivery:
             if not self._backend.give_up_history(exc):
                 raise
             return self._by_script(records)
-        return [reply for some in replies for reply in some]
+        told = [reply for some in replies for reply in some]
+        if HISTORY_REFUSED in told:
+            self._backend.give_up_history("it does not take it")
+        return told
 
     def _run(self, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
         """Runs the script for each of these keys and arguments, straight over the connection: the layers above it take
@@ -241,17 +247,16 @@ def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False
     part_grace = _part_grace(app)
     shipper = Shipper(folder, Delivery(backend), 0.0, part_grace, None if any_store else backend.store_name)
     end = time.monotonic() + _TURN
-    while True:
-        with shipper.lock() as alone:
-            if alone:
-                try:
-                    found = shipper.run(again)
-                except Refused as exc:
-                    raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
-                break
-        if time.monotonic() > end:
-            return None
-        time.sleep(_MOMENT)
+    try:
+        found = shipper.run(again)
+        while found.busy and time.monotonic() < end:
+            time.sleep(_MOMENT)
+            more = shipper.run(again)
+            found = more._replace(delivered=found.delivered + more.delivered)
+    except Refused as exc:
+        raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
+    if found.busy and not found.delivered:
+        return None
     if found.problem:
         raise StoreError(found.problem)
     return found
@@ -362,14 +367,14 @@ class Shipping:
             until: a descriptor; returns when it is readable.
         """
         self._follows, self._bell = True, bell
+        look_at, rung, poll = 0.0, bell.fileno(), select.poll()
+        poll.register(until, select.POLLIN)
         while not bell.listen():  # the one before this has yet to disappear
-            if select.select([until], [], [], _SOON)[0]:
+            if poll.poll(1000 * _SOON):
                 return
-        look_at = 0.0
-        rung = bell.fileno()
         while True:
-            heard = [until] if self._refused else [until, rung]
-            ready, _, _ = select.select(heard, [], [], max(0.0, look_at - time.monotonic()))
+            poll.register(rung, 0 if self._refused else select.POLLIN)
+            ready = [fd for fd, _ in poll.poll(1000 * max(0.0, look_at - time.monotonic()))]
             if until in ready:
                 return
             if rung in ready:
@@ -397,8 +402,11 @@ class Shipping:
             self._server = ""  # who answers next may be another
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
+            if getattr(exc, "errno", 0) in (errno.EMFILE, errno.ENFILE) and self._follows:
+                raise  # a successor has its own descriptors; meanwhile nobody leaves anything to this process
             self._refused = True
-            self._wait = min(self._wait * _GROWTH, _PAUSE_MAX) * random.uniform(0.7, 1.0)
+            most = _PAUSE_MAX if isinstance(exc.__cause__ or exc, redis_errors.ResponseError) else _AWAY_MAX
+            self._wait = min(self._wait * _GROWTH, most) * random.uniform(0.7, 1.0)
             return None
         except Exception:
             logger.exception("the shipper failed; it tries again")
@@ -411,12 +419,11 @@ class Shipping:
         """What has been appended to the node's own file since the last look at it."""
         if self._shipper is None:
             return 0  # the folder has yet to be made
-        with self._shipper.lock() as alone:
-            if alone:
-                return self._took(self._shipper.follow(self._journal.path()))
-        time.sleep(_MOMENT)  # another node's shipper is at it, or somebody ships by hand
-        bell.ring()
-        return 0
+        found = self._shipper.follow(self._journal.path())
+        if found.busy:  # another node's shipper is at it, or somebody ships by hand
+            time.sleep(_MOMENT)
+            bell.ring()
+        return self._took(found)
 
     def _look_everywhere(self, grace: float) -> int:
         backend = backend_of(self._app)
@@ -424,11 +431,8 @@ class Shipping:
         if self._shipper is None:
             self._shipper = Shipper(self._folder, delivery, 0.0, _part_grace(self._app), backend.store_name)
         self._shipper.grace = grace
-        with self._shipper.lock() as alone:
-            if not alone:
-                return 0
-            delivered = self._ship(self._shipper, delivery)
-            return delivered + (self._took(self._shipper.follow(self._journal.path())) if self._follows else 0)
+        delivered = self._ship(self._shipper, delivery)
+        return delivered + (self._took(self._shipper.follow(self._journal.path())) if self._follows else 0)
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
         folder, is_new = shipper.name()

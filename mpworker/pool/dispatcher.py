@@ -471,7 +471,9 @@ class Dispatcher:
             if not crew.pid:  # its HELLO must be known before its exit is
                 self._read_worker(crew.worker)
         for end in self._fleet.reap():
-            if end.worker is not None and end.worker != SERVICE:
+            if end.worker == SERVICE:
+                self._service.reaped()
+            elif end.worker is not None:
                 self._gone(end)
 
     def _gone(self, end: Exit) -> None:

@@ -80,6 +80,11 @@ class Service:
         if self._crew is not None:
             self._fleet.kill(SERVICE, signal.SIGKILL)
 
+    def reaped(self) -> None:
+        """Its number is nobody's now; the end of its line says the rest."""
+        if self._crew is not None:
+            self._crew.pid = 0
+
     def _read(self) -> None:
         """Hears its pid, and later its end."""
         crew = self._crew

@@ -1,7 +1,7 @@
 """The shipper: delivers what a journal holds and Redis does not, in order, as often as it takes.
 
 Owns the search for unshipped records, the checkpoint of how far all is settled, and the lock by which two never ship
-the same folder. Knows no Redis and no Celery: a function that it is given delivers. Never drops a record: what cannot
+the same file. Knows no Redis and no Celery: a function that it is given delivers. Never drops a record: what cannot
 be delivered stays where it is, marked as it was.
 
 Of each task only the last record of a batch is delivered: what came before it, Redis would hold for an instant. A batch
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import mmap
 import os
 import secrets
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpworker.errors import StoreError
+from mpworker.results.glance import pieces
 from mpworker.results.journal import Journal, mark_at_offset
 from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_open
 from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe
@@ -35,7 +35,8 @@ Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
 _MOST, _BULK = 500, 4 << 20
 #: Bytes of a file's first line that tell it from another; they hold a task's id and state.
 _HEAD = 160
-_LOCK = ".shipper.lock"
+#: Seconds between two attempts to have a file to oneself.
+_MOMENT = 0.001
 
 
 class Pass(NamedTuple):
@@ -47,6 +48,7 @@ class Pass(NamedTuple):
         others: records that are meant for another result backend.
         problem: what is wrong with a file, in words; the other files are done all the same.
         broken: lines that are none, and passed over.
+        busy: files that another one ships at this moment.
     """
 
     delivered: int
@@ -54,6 +56,7 @@ class Pass(NamedTuple):
     others: int = 0
     problem: str = ""
     broken: int = 0
+    busy: int = 0
 
 
 class Refused(StoreError):
@@ -83,11 +86,12 @@ class Shipper:
         self.grace, self._part_grace = grace, part_grace
         self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
+        #: how far :meth:`follow` has read each file
+        self._read: dict[str, tuple[str, int]] = {}
         #: what the checkpoint says of it, and which file that is
         self._kept: dict[str, tuple[str, int]] = {}
         self._kept_at: tuple[int, int] | None = None
         self._name = ""
-        self._lock_path = str(self.folder / _LOCK)
         self._followed: _Followed | None = None
 
     def close(self) -> None:
@@ -96,42 +100,18 @@ class Shipper:
             self._followed.close()
             self._followed = None
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[bool]:
-        """``True`` inside if nobody else ships this folder.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
-        try:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            raise StoreError(f"mpworker_journal: cannot lock {self.folder}: {exc.strerror or exc}") from exc
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                try:
-                    yield True
-                finally:  # not by closing alone: a process that was forked meanwhile holds it, too
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            os.close(fd)
-
     def name(self) -> tuple[str, bool]:
         """Of this folder, for ever; and whether it has just been given. Empty where nothing can be kept in it."""
         self._refresh()
         if self._name:
             return self._name, False
         self._name = secrets.token_hex(8)
-        self._write_checkpoint()
-        self._settled = self._read_checkpoint()  # and the name, if it could be kept
+        self._write_checkpoint(first=True)
+        self._settled = self._read_checkpoint()  # and the name: it may be another one's, or could not be kept
         return self._name, True
 
     def run(self, again: bool = False) -> Pass:
-        """Delivers what is unshipped now, oldest first. The caller holds the lock.
+        """Delivers what is unshipped now, oldest first.
 
         Args:
             again: also what had been shipped: Redis has lost it.
@@ -163,10 +143,16 @@ class Shipper:
         finally:
             os.close(fd)
 
-    def _run_open(self, fd: int, path: Path, again: bool = False) -> Pass:
+    def _run_open(self, fd: int, path: Path, again: bool = False, *, follows: bool = False) -> Pass:
+        with _locked(fd) as alone:
+            return self._run_locked(fd, path, again, follows) if alone else Pass(0, busy=1)
+
+    def _run_locked(self, fd: int, path: Path, again: bool, follows: bool) -> Pass:
         status = os.fstat(fd)
         identity, end = _identity(fd, status.st_ino), status.st_size
         known, start = self._settled.get(path.name, (identity, 0))
+        if follows and (read := self._read.get(path.name, ("", 0)))[0] == identity:
+            known, start = identity, max(start if known == identity else 0, read[1])
         if again or known != identity or start > end:  # another file, or cut off: from the beginning
             start = 0
         if start == end:
@@ -184,7 +170,7 @@ class Shipper:
                     continue
                 if not record.shipped and self._is_young(record):
                     young += 1
-                    if young == 1:
+                    if young == 1 and not follows:
                         self._settled[path.name] = identity, batch[0].offset if batch else entry.offset
                     continue
                 batch.append(entry)
@@ -195,13 +181,15 @@ class Shipper:
                     if not young:
                         self._settled[path.name] = identity, tally.end
         delivered += self._ship(fd, batch)
-        if not young:
+        if follows:
+            self._read[path.name] = identity, tally.end
+        elif not young:
             self._settled[path.name] = identity, tally.end
-        return Pass(delivered, young, others, broken=0 if young else tally.torn)
+        return Pass(delivered, young, others, broken=tally.torn if follows or not young else 0)
 
     def follow(self, path: Path) -> Pass:
-        """Delivers what has been appended to one file since it was looked at last. Remembers how far it came, but
-        leaves the checkpoint to :meth:`run`. The caller holds the lock.
+        """Delivers what has been appended to one file since it was read last. Leaves the checkpoint to :meth:`run`, and
+        what is too young now.
 
         Raises:
             Refused: as :meth:`run`.
@@ -209,11 +197,11 @@ class Shipper:
         found = Pass(0)
         try:
             if self._followed is not None and not self._followed.leads_to(path):  # another day, or it was removed
-                found = self._run_open(self._followed.fd, self._followed.path)
+                found = self._run_open(self._followed.fd, self._followed.path, follows=True)
                 self.close()
             if self._followed is None:
                 self._followed = _Followed(path)
-            return _sum(found, self._run_open(self._followed.fd, path))
+            return _sum(found, self._run_open(self._followed.fd, path, follows=True))
         except Refused:
             raise
         except OSError:
@@ -222,13 +210,10 @@ class Shipper:
     def backlog(self) -> tuple[int, float, int]:
         """How many records wait for Redis, when the first of them was written (seconds since the epoch), and how many
         broken lines are among what has been written since all was settled."""
-        settled, tally, times = self._read_checkpoint(), Tally(), []
+        self._settled, tally, times = self._read_checkpoint(), Tally(), []
         for path in Journal.files(self.folder):
             with contextlib.suppress(OSError), path.open("rb") as file:
-                known, start = settled.get(path.name, ("", 0))
-                if known != _identity(file.fileno(), os.fstat(file.fileno()).st_ino):
-                    start = 0
-                for entry in read_open(file, path, tally, start, unshipped=True):
+                for entry in read_open(file, path, tally, self._start(path), unshipped=True):
                     record = entry.record
                     ours = self._store is None or record.store in (None, self._store)
                     if ours and not record.shipped and not _needless(record):
@@ -243,15 +228,20 @@ class Shipper:
         needle = b'"task_id":%b,' % json.dumps(task_id).encode()
         found: list[Entry] = []
         for path in Journal.files(self.folder):
-            with contextlib.suppress(OSError, ValueError), path.open("rb") as file:  # gone meanwhile, or empty
-                known, start = self._settled.get(path.name, ("", 0))
-                if known != _identity(file.fileno(), os.fstat(file.fileno()).st_ino):
-                    start = 0
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
-                    while (at := lines.find(needle, start)) >= 0:
-                        begin, start = lines.rfind(b"\n", 0, at) + 1, (lines.find(b"\n", at) + 1) or len(lines)
-                        found += read_line(lines[begin:start], path, begin, Tally())
+            with contextlib.suppress(OSError):  # gone meanwhile
+                for buffer, size, offset in pieces(path, self._start(path)):
+                    at = buffer.find(needle, 0, size)
+                    while at >= 0:
+                        begin, end = buffer.rfind(b"\n", 0, at) + 1, (buffer.find(b"\n", at, size) + 1) or size
+                        found += read_line(bytes(buffer[begin:end]), path, offset + begin, Tally())
+                        at = buffer.find(needle, end, size)
         return [entry for entry in found if entry.record.task_id == task_id and not entry.record.shipped]
+
+    def _start(self, path: Path) -> int:
+        """From where on not all of a file is settled."""
+        with path.open("rb") as file:
+            known, start = self._settled.get(path.name, ("", 0))
+            return start if known == _identity(file.fileno(), os.fstat(file.fileno()).st_ino) else 0
 
     def forget(self, task_id: str, patience: float) -> None:
         """Has nothing delivered of a task any more, of what is written by now.
@@ -259,20 +249,21 @@ class Shipper:
         Args:
             patience: seconds that a delivery may take which has begun.
         """
-        if not self.pending(task_id):
-            return
-        end = time.monotonic() + patience
-        while True:
-            with self.lock() as alone:
-                if alone or time.monotonic() > end:
-                    for entry in self.pending(task_id):
-                        fd = _open(entry.path)
-                        try:
+        left, end = self.pending(task_id), time.monotonic() + patience
+        while left:
+            busy = []
+            for entry in left:
+                fd = _open(entry.path)
+                try:
+                    with _locked(fd) as alone:
+                        if alone or time.monotonic() > end:
                             mark_at_offset(fd, entry.offset, SHIPPED)
-                        finally:
-                            os.close(fd)
-                    return
-            time.sleep(0.001)
+                        else:
+                            busy.append(entry)
+                finally:
+                    os.close(fd)
+            if left := busy:
+                time.sleep(_MOMENT)
 
     def _is_young(self, record: Record) -> bool:
         grace = self._part_grace if record.chord else self.grace if record.in_hand else 0.0
@@ -301,7 +292,7 @@ class Shipper:
         return len(batch)
 
     def discard(self, days: int, most: int, today: date | None = None) -> list[Path]:
-        """Removes old files in which nothing is unshipped, never one of today. The caller holds the lock.
+        """Removes old files in which nothing is unshipped, never one of today.
 
         Args:
             days: for which they are kept; 0: for ever.
@@ -314,10 +305,15 @@ class Shipper:
             is_old = bool(days) and day is not None and (today - day).days > days
             if day is None or day >= today or not (is_old or (most and total > most)):
                 continue
-            if all(entry.record.shipped for entry in read_entries([path], unshipped=True)):
-                path.unlink()
-                total -= size
-                gone.append(path)
+            fd = _open(path)
+            try:
+                with _locked(fd) as alone:
+                    if alone and all(entry.record.shipped for entry in read_entries([path], unshipped=True)):
+                        path.unlink()
+                        total -= size
+                        gone.append(path)
+            finally:
+                os.close(fd)
         return gone
 
     # -- how far all is settled ----------------------------------------------------------------------------------
@@ -344,7 +340,7 @@ class Shipper:
             self._name = ""
             return {}  # none yet, or broken: everything is looked at again
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, first: bool = False) -> None:
         names = {path.name for path in Journal.files(self.folder)}
         files = {name: place for name, place in self._settled.items() if name in names}
         path = self._checkpoint
@@ -353,7 +349,10 @@ class Shipper:
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(fd, "w") as file:
                 json.dump({"name": self._name, "files": files}, file)
-            fresh.replace(path)
+            if first and path.exists():  # by another one who was quicker
+                fresh.unlink()
+            else:
+                fresh.replace(path)
             self._kept_at, self._kept = self._stamp(), dict(self._settled)
 
 
@@ -364,6 +363,7 @@ def _sum(one: Pass, two: Pass) -> Pass:
         one.others + two.others,
         one.problem or two.problem,
         one.broken + two.broken,
+        one.busy + two.busy,
     )
 
 
@@ -385,6 +385,20 @@ def _needless(record: Record) -> bool:
     if record.payload is None or (record.key is None and not record.chord):
         return True
     return record.expires is not None and record.expires_in() <= 0
+
+
+@contextlib.contextmanager
+def _locked(fd: int) -> Iterator[bool]:
+    """``True`` inside if nobody else ships this file."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:  # not by closing alone: a process that was forked meanwhile holds it, too
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _open(path: Path) -> int:

@@ -92,7 +92,8 @@ def test_what_others_go_on_with_is_in_redis_first(shop: Shop) -> None:
         steps = chain(sig("add", 1, 1), sig("add", 2), app=client)()
         assert steps.parent.get(timeout=PATIENCE) == 2
         parts = chord([sig("add", n, n) for n in range(4)], app=client)(sig("total")).parent
-        assert parts.get(timeout=PATIENCE) == [0, 2, 4, 6]
+        eventually(lambda: [part.state for part in parts.results] == ["SUCCESS"] * 4)
+        assert [part.result for part in parts.results] == [0, 2, 4, 6]
         linked = sig("add", 3, 3).apply_async(link=sig("add", 1))
         assert linked.get(timeout=PATIENCE) == 6
         eventually(lambda: [line["shipped"] for line in lines_of(node, linked)] == [1])

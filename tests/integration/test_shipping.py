@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -21,8 +24,9 @@ from integration.node import PROJECTS, Server, eventually
 
 from mpworker.celery import shipping
 from mpworker.celery.backend import ResultBackend
-from mpworker.celery.shipping import Delivery
+from mpworker.celery.shipping import Delivery, Shipping
 from mpworker.errors import ConfigurationError, StoreError
+from mpworker.results.bell import Bell
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
 from mpworker.results.shipper import Pass
@@ -147,6 +151,38 @@ def test_a_key_of_another_kind_is_in_nobodys_way(server: Server, deliver: Delive
     server.client().rpush("celery-task-meta-t", "a list")
     assert deliver([record("SUCCESS"), record("SUCCESS", key="other")]) == [SUPERSEDED, SHIPPED]
     assert server.client().exists("other")
+
+
+def test_a_history_that_is_none_is_in_nobodys_way(
+    server: Server, app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.client().set(app.backend.history_key, "somebody else's")
+    deliver = Delivery(app.backend)
+    assert deliver([record("SUCCESS"), record("SUCCESS", key="other")]) == [SHIPPED, SHIPPED]
+    assert held(server) == "SUCCESS"
+    assert "keeps no history" in caplog.text
+
+
+def test_descriptors_may_have_high_numbers(server: Server, app: Celery, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 1100), before[1]))
+    plain = Bell()
+    bell = Bell(*(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1030) for fd in plain.fds))
+    until, end = os.pipe()
+    thread = threading.Thread(target=Shipping(app, Settings(journal=tmp_path), "n").follow, args=(bell, until))
+    thread.start()
+    try:
+        eventually(lambda: server.client().keys("*mpworker-journal-*"), what="the first look")
+        Journal(tmp_path, "n").append(record("SUCCESS"))
+        bell.ring()
+        eventually(lambda: held(server) == "SUCCESS")
+    finally:
+        os.close(end)
+        thread.join()
+        os.close(until)
+        bell.close()
+        plain.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("garbage", ["\x80pickled", "[1]", "null"])

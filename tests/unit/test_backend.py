@@ -191,12 +191,15 @@ def test_what_was_written_to_a_file_that_is_gone_is_no_shippers(folder: Path) ->
     assert backend.client.get("celery-task-meta-b") is not None
 
 
-@pytest.mark.parametrize("name", ["group", "chord", "chain", "callbacks", "errbacks"])
-def test_what_somebody_goes_on_with_is_written_at_once(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, "something") for name in ("group", "chord", "chain", "callbacks", "errbacks")), ("chain", [])],
+)
+def test_what_somebody_goes_on_with_is_written_at_once(folder: Path, name: str, value: object) -> None:
     bell: Any = Ringing()
     enable_journal(Settings(journal=folder), NODE, bell)
     backend = backend_of()
-    backend.store_result("a", 7, "SUCCESS", request=request(**{name: "something"}))
+    backend.store_result("a", 7, "SUCCESS", request=request(**{name: value}))
     assert (bell.rung, marks(folder)) == (0, [1])
     assert backend.client.get("celery-task-meta-a") is not None
 

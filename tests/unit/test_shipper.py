@@ -47,10 +47,7 @@ def digits(folder: Path) -> list[int]:
 
 
 def ship(folder: Path, redis: Redis, grace: float = 0.0) -> Pass:
-    shipper = Shipper(folder, redis, grace)
-    with shipper.lock() as alone:
-        assert alone
-        return shipper.run()
+    return Shipper(folder, redis, grace).run()
 
 
 def test_what_is_unshipped_is_delivered_in_order_and_marked(tmp_path: Path) -> None:
@@ -317,27 +314,66 @@ def test_a_file_without_a_day_in_its_name_is_nobodys_to_remove(tmp_path: Path) -
     assert shipper.discard(1, 1, TODAY) == []
 
 
-def test_two_never_ship_the_same_folder(tmp_path: Path) -> None:
-    first, second = Shipper(tmp_path, Redis()), Shipper(tmp_path, Redis())
-    with first.lock() as one, second.lock() as two:
-        assert (one, two) == (True, False)
-    with second.lock() as again:
-        assert again
+def test_two_never_ship_the_same_file_and_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    put(tmp_path, "a", node="one")
+    put(tmp_path, "b", node="two")
+    second, told = Redis(), []
+
+    def deliver(records: Sequence[Record]) -> list[bytes]:
+        if records and not told:
+            told.append(Shipper(tmp_path, second).run())
+        return [SHIPPED] * len(records)
+
+    assert Shipper(tmp_path, deliver).run() == Pass(1)
+    assert told == [Pass(1, busy=1)]
+    assert second.got == [("b", "SUCCESS")]
+    assert digits(tmp_path) == [1, 1]
 
 
 def test_a_fork_in_between_does_not_keep_the_lock(tmp_path: Path) -> None:
-    shipper = Shipper(tmp_path, Redis())
+    put(tmp_path, "a")
     reader, writer = os.pipe()
-    with shipper.lock():
+    children = []
+
+    def deliver(records: Sequence[Record]) -> list[bytes]:
         if not (pid := os.fork()):
             os.close(writer)
             os.read(reader, 1)
             os._exit(0)
+        children.append(pid)
+        return [SHIPPED] * len(records)
+
+    assert Shipper(tmp_path, deliver).run() == Pass(1)
     os.close(reader)
-    with shipper.lock() as again:
-        assert again
+    put(tmp_path, "b")
+    assert ship(tmp_path, Redis()) == Pass(1)
     os.close(writer)
-    os.waitpid(pid, 0)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def test_who_follows_leaves_what_is_young_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis, starts = Redis(), []
+    shipper = Shipper(tmp_path, redis, part_grace=60.0, grace=60.0)
+
+    def watched(file: Any, path: Any, tally: Any, start: int, **options: Any) -> Any:
+        starts.append(start)
+        return read_open(file, path, tally, start, **options)
+
+    monkeypatch.setattr(module, "read_open", watched)
+    put(tmp_path, "part", chord=True)
+    (file,) = Journal.files(tmp_path)
+    ends = [file.stat().st_size]
+    for name in "abc":
+        put(tmp_path, name, in_hand=name == "b")
+        shipper.follow(file)
+        ends.append(file.stat().st_size)
+    assert starts == [0, *ends[1:3]]
+    assert [name for name, _ in redis.got] == ["a", "c"]
+    shipper.grace = 0.0
+    assert shipper.run() == Pass(1, 1)
+    assert Shipper(tmp_path, redis).run() == Pass(1)
+    assert [name for name, _ in redis.got] == ["a", "c", "b", "part"]
 
 
 def test_several_nodes_in_one_folder(tmp_path: Path) -> None:
