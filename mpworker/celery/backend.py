@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from celery import states
@@ -27,7 +28,6 @@ from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 from celery.utils.log import get_logger
-from kombu.utils.objects import cached_property
 from redis import exceptions as redis_errors
 
 from mpworker.celery import progress, task_log
@@ -46,6 +46,7 @@ from mpworker.results.record import (
     queueing_of,
     runtime_of,
     store_name,
+    timestamp_of,
 )
 from mpworker.results.shipper import Shipper
 from mpworker.settings import Settings
@@ -212,6 +213,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         return True
 
     @cached_property
+    def _key_prefix(self) -> str:
+        key: bytes = self.get_key_for_task("-")
+        return key.decode()[:-1]
+
+    @cached_property
     def store_name(self) -> str:
         """Which backend this is, for its records."""
         return store_name(f"{self.as_uri()} {self.get_key_for_task('-')!r}")
@@ -236,15 +242,15 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         journal = _node_journal or self._named
         if journal is None:
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
-        encoded = self.encode_result(result, state)
-        meta = self._meta(encoded, state, traceback, request)
+        encoded, now = self.encode_result(result, state), datetime.now(UTC)
+        meta = self._meta(encoded, state, traceback, request, now)
         meta["task_id"] = _text(task_id)
         payload = self.encode(meta)
         if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
         bell = _bell if journal is _node_journal and not _is_awaited(request) else None
         left = bell is not None and bell.has_listener()
-        record = self._record(meta, result, payload, request, journal.node, in_hand=not left)
+        record = self._record(meta, result, payload, request, journal.node, now, in_hand=not left)
         try:
             place = journal.append(record)
         except StoreError as exc:
@@ -256,7 +262,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             self._ship(journal, place, record)
         return encoded
 
-    def _meta(self, result: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
+    def _meta(self, result: Any, state: str, traceback: Any, request: Any, now: datetime) -> dict[str, Any]:
         """What Redis holds of a task, as Celery's own method says it, which takes six times as long."""
         if self._extended:
             return dict(self._get_result_meta(result=result, state=state, traceback=traceback, request=request))
@@ -266,7 +272,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             "result": result,
             "traceback": traceback,
             "children": self.current_task_children(request),
-            "date_done": datetime.now(UTC).astimezone(self.app.timezone).isoformat() if ready else None,
+            "date_done": now.astimezone(self.app.timezone).isoformat() if ready else None,
         }
         for name, key in (("group", "group_id"), ("parent_id", "parent_id")):
             if value := getattr(request, name, None):
@@ -323,7 +329,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         meta = self._get_result_meta(result=told, state=progress.STATE, traceback=None, request=request)
         payload = self.encode(meta | {"task_id": task_id, "told": at})
         try:
-            self._put(self._record(meta | {"task_id": task_id}, "", payload, request, ""), at)
+            record = self._record(meta | {"task_id": task_id}, "", payload, request, "", datetime.now(UTC))
+            self._put(record, at)
         except self.outages as exc:
             self._redis_warnings.warn("Redis did not take the progress of task %s: %s", task_id, describe(exc))
 
@@ -372,7 +379,15 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         super().on_chord_part_return(request, state, result)
 
     def _record(
-        self, meta: dict[str, Any], result: Any, payload: str | bytes, request: Any, node: str, *, in_hand: bool = False
+        self,
+        meta: dict[str, Any],
+        result: Any,
+        payload: str | bytes,
+        request: Any,
+        node: str,
+        now: datetime,
+        *,
+        in_hand: bool = False,
     ) -> Record:
         task_id, state, traceback = str(meta["task_id"]), meta["status"], meta["traceback"]
         finished = state in states.READY_STATES or state == states.RETRY
@@ -385,11 +400,12 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             message=describe(result) if isinstance(result, BaseException) else "",
             result=meta["result"],
             traceback=None if traceback is None else str(traceback),
+            timestamp=timestamp_of(now),
             runtime=runtime_of(task_id) if finished else None,
             queued=queueing_of(task_id),
             hostname=getattr(request, "hostname", None) or node,
             retries=getattr(request, "retries", None) or 0,
-            key=self.get_key_for_task(task_id).decode(),
+            key=self._key_prefix + task_id,
             store=self.store_name,
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
@@ -505,9 +521,12 @@ def _text(task_id: Any) -> Any:
 
 def _is_awaited(request: Any) -> bool:
     """Whether something in the cluster goes on as soon as this task has ended, and may ask for its result."""
-    awaited = any(getattr(request, name, None) for name in ("group", "chord", "callbacks", "errbacks"))
-    # Celery 5.5 has taken the next link out by now, and has left an empty list.
-    return awaited or getattr(request, "chain", None) is not None
+    if request is None:
+        return False
+    # Celery 5.5 has taken the next link of a chain out by now, and has left an empty list.
+    chained = getattr(request, "chain", None) is not None
+    parts = getattr(request, "group", None) or getattr(request, "chord", None)
+    return bool(chained or parts or getattr(request, "callbacks", None) or getattr(request, "errbacks", None))
 
 
 def _redis_url(url: str | None) -> str | None:

@@ -58,18 +58,21 @@ TERMINAL = frozenset(
 
 
 _packed = msgspec.json.Encoder().encode
+#: Words of JSON that stand for what it has no words for.
+_UNUSUAL = ("NaN", "Infinity", "__type__")
 
 
 def _compact(fields: dict[str, Any]) -> bytes:
     """Compact JSON, of ASCII only, so that what is looked for in lines has one spelling."""
     try:
         text = _packed(fields)
-    except UnicodeEncodeError:  # half a surrogate pair
-        text = b"\xff"
-    if text.isascii():
-        return text
+        if text.isascii():
+            return text
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        pass  # half a surrogate pair, a number without end
     result = fields["result"]
-    return _encode(fields | {"result": None if result is None else json.loads(bytes(result))}).encode()
+    result = json.loads(bytes(result) if type(result) is msgspec.Raw else _encode_any(result))
+    return _encode(fields | {"result": result}).encode()
 
 
 @lru_cache(1024)
@@ -88,7 +91,12 @@ def aliases(state: str) -> list[str]:
 
 def timestamp_now() -> str:
     """ISO 8601 in UTC with microseconds, always of one length."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    return timestamp_of(datetime.now(UTC))
+
+
+def timestamp_of(moment: datetime) -> str:
+    """The same of a moment in UTC."""
+    return moment.isoformat(timespec="microseconds")
 
 
 def describe(exc: object) -> str:
@@ -185,19 +193,24 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
                 more[name] = True
         if self.log is not None:
             more["log"] = self.log
-        return self._line(mark, self.message, self.result, self.traceback, more)
+        # What is in a payload of JSON has no need of a repr; then the quick encoder says the same as the careful one.
+        payload = self.payload
+        plain = isinstance(payload, str) and not any(word in payload for word in _UNUSUAL)
+        return self._line(mark, self.message, self.result, self.traceback, more, plain)
 
     def summary(self) -> bytes:
         """A short line for those who only list and count."""
         return self._line(SHIPPED, self.message[:_SUMMARY], None, None, {"payload": None})
 
-    def _line(self, mark: bytes, message: str, result: Any, traceback: str | None, more: dict[str, Any]) -> bytes:
+    def _line(
+        self, mark: bytes, message: str, result: Any, traceback: str | None, more: dict[str, Any], plain: bool = False
+    ) -> bytes:
         fields = {
             "task_id": self.task_id,
             "name": self.name,
             "status": self.status,
             "message": message,
-            "result": result if result is None else msgspec.Raw(_encode_any(result).encode()),
+            "result": result if result is None or plain else msgspec.Raw(_encode_any(result).encode()),
             "traceback": traceback,
             "timestamp": self.timestamp,
             "runtime": None if self.runtime is None else round(self.runtime, 6),

@@ -11,6 +11,7 @@ import logging
 import pickle
 import socket
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def test_redis_holds_what_celery_would_have_stored(
     asked = request(group="g", parent_id="p", children=[backend.app.AsyncResult("kid")])
     for state in ("SUCCESS", "FAILURE", "STARTED", "RETRY"):
         for given in (asked, None):
-            ours = backend._meta({"x": 1}, state, "text", given)
+            ours = backend._meta({"x": 1}, state, "text", given, datetime.now(UTC))
             theirs = backend._get_result_meta({"x": 1}, state, "text", given)
             both = [meta.pop("date_done") for meta in (ours, theirs)]
             assert ours == theirs

@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -247,3 +248,28 @@ def test_a_glance_at_what_is_broken_is_a_readers() -> None:
     ((seen, offset),) = glance_at(half, Path("of.jsonl"), 100, Tally())
     assert (seen.task_id, seen.key, seen.runtime, offset) == ("a", "k", None, 140)
     assert [seen.task_id for seen, _ in glance_at(whole, Path("of.jsonl"), 0, Tally())] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"a": [1, 2.5, True, None, "x"], "b": {"1": "ü"}},
+        {1: "int", 2.5: "float"},
+        {None: 1},
+        [float("nan")],
+        [float("inf")],
+        "NaN",
+        1 << 80,
+        ["\ud800"],
+        (1, 2),
+        object,
+        [[[[1]]]],
+    ],
+)
+def test_the_quick_way_to_write_a_result_says_the_same_as_the_careful_one(value: object) -> None:
+    payload = json.dumps({"result": value}, default=repr)
+    quick = Record(task_id="a", status="SUCCESS", result=value, payload=payload)
+    careful = msgspec.structs.replace(quick, payload=b"{}")
+    assert json.loads(quick.to_line())["result"] == json.loads(careful.to_line())["result"]
+    assert quick.to_line().isascii()
