@@ -28,6 +28,8 @@ from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 from celery.utils.log import get_logger
+from kombu import serialization
+from kombu.utils import json
 from redis import exceptions as redis_errors
 
 from mpworker.celery import progress, task_log
@@ -245,7 +247,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         encoded, now = self.encode_result(result, state), datetime.now(UTC)
         meta = self._meta(encoded, state, traceback, request, now)
         meta["task_id"] = _text(task_id)
-        payload = self.encode(meta)
+        payload = self._quick_encode(meta)
         if isinstance(payload, str) and len(payload) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
         bell = _bell if journal is _node_journal and not _is_awaited(request) else None
@@ -278,6 +280,21 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             if value := getattr(request, name, None):
                 meta[key] = value
         return meta
+
+    def _quick_encode(self, meta: dict[str, Any]) -> str | bytes:
+        """As :meth:`encode`, but past kombu's registry if that would lead to its own JSON all the same."""
+        if self._is_kombus_json:
+            try:
+                return str(json.dumps(meta))  # type: ignore[no-untyped-call]
+            except Exception:  # then it fails as everybody expects
+                pass
+        encoded: str | bytes = self.encode(meta)
+        return encoded
+
+    @cached_property
+    def _is_kombus_json(self) -> bool:
+        codec = serialization.registry._encoders.get(self.serializer)
+        return self.scripted and getattr(codec, "encoder", None) is json.dumps
 
     @cached_property
     def _extended(self) -> bool:

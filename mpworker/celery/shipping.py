@@ -52,6 +52,8 @@ _AWAY_MAX = 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
 _LAST_TRY = 2.0
 
+#: So many results at once are a burst: then who runs tasks goes first, and the next ones gather for so many seconds.
+_BURST, _LINGER = 100, 0.005
 #: Seconds that one exchange may take: nobody waits for it, and a large result takes its time.
 _PATIENCE = 60.0
 #: Seconds between two looks for files that are too old.
@@ -379,9 +381,11 @@ class Shipping:
                 return
             if rung in ready:
                 bell.quiet()
-                self._attempt(partial(self._catch_up, bell))
+                delivered = self._attempt(partial(self._catch_up, bell))
                 if self._refused:
                     look_at = time.monotonic() + self._wait
+                elif delivered and delivered >= _BURST:
+                    time.sleep(_LINGER)
             if time.monotonic() >= look_at:
                 self._look(_GRACE)
                 look_at = time.monotonic() + self._wait

@@ -18,7 +18,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from mpworker.errors import StoreError
 from mpworker.results.glance import pieces
 from mpworker.results.journal import Journal, mark_at_offset
 from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_open
-from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe
+from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe, timestamp_of
 
 #: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
 Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
@@ -35,6 +35,8 @@ Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
 _MOST, _BULK = 500, 4 << 20
 #: Bytes of a file's first line that tell it from another; they hold a task's id and state.
 _HEAD = 160
+#: A record that is so young is not looked at more closely.
+_RECENT = timedelta(seconds=60)
 #: Seconds between two attempts to have a file to oneself.
 _MOMENT = 0.001
 
@@ -277,7 +279,8 @@ class Shipper:
             if task not in last or last[task].record.status != "SUCCESS":
                 last[task] = entry
         due = [entry for entry in batch if last[entry.record.task_id, entry.record.chord] is entry]
-        due = [entry for entry in due if not _needless(entry.record)]
+        recent = timestamp_of(datetime.now(UTC) - _RECENT)
+        due = [entry for entry in due if not _needless(entry.record, recent)]
         try:
             digits = dict(zip((entry.offset for entry in due), self._deliver([e.record for e in due]), strict=True))
         except Exception as exc:
@@ -380,11 +383,13 @@ def _identity(fd: int, inode: int) -> str:
     return f"{inode}-{zlib.crc32(head[SHIPPED_AT + 1 :]) if len(head) == _HEAD else 0}"
 
 
-def _needless(record: Record) -> bool:
-    """It is not meant for Redis, or would have expired there by now."""
+def _needless(record: Record, recent: str = "9") -> bool:
+    """It is not meant for Redis, or would have expired there by now; what came after ``recent`` has not."""
     if record.payload is None or (record.key is None and not record.chord):
         return True
-    return record.expires is not None and record.expires_in() <= 0
+    if record.expires is None or (record.timestamp > recent and record.expires > _RECENT.seconds):
+        return False
+    return record.expires_in() <= 0
 
 
 @contextlib.contextmanager
