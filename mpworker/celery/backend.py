@@ -20,7 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 from celery import states
@@ -45,6 +45,7 @@ from mpworker.results.record import (
     UNSHIPPED,
     Record,
     describe,
+    displaces,
     queueing_of,
     runtime_of,
     store_name,
@@ -316,8 +317,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     def _told(self, task_id: Any) -> dict[str, Any] | None:
         records = [entry.record for entry in self._pending.pending(_text(task_id)) if not entry.record.chord]
         records = [record for record in records if record.payload is not None and record.store == self.store_name]
-        last = next((record for record in records if record.status == states.SUCCESS), records[-1] if records else None)
-        return None if last is None else dict(self.decode_result(last.payload))
+        if not records:
+            return None
+        told = reduce(lambda old, new: new if displaces(new, old) else old, records)
+        return dict(self.decode_result(told.payload))
 
     def _forget(self, task_id: Any) -> None:
         """As Celery's; in a node, also what its processes have written of the task and Redis has not got yet."""

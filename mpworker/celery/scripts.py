@@ -105,7 +105,8 @@ _RULE = """
             local done, told, time = meta['date_done'], status == 'PROGRESS' and tonumber(meta['told']), seconds(a)
             if status == 'FAILURE' or status == 'REVOKED' then
                 local ended = type(done) == 'string' and seconds(done)
-                if not ended or not time or ended >= time then
+                -- A retry that was said only after its task had failed is none that came after that.
+                if not ended or not time or ended + (b == 'RETRY' and 1 or 0) >= time then
                     return 2
                 end
             end

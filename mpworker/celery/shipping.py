@@ -199,7 +199,9 @@ def _is_before(done: Any, record: Record) -> bool:
         moment = datetime.fromisoformat(done)
     except (TypeError, ValueError):
         return False
-    return moment.tzinfo is not None and moment.timestamp() < record.when
+    # A retry that was said only after its task had failed is none that came after that.
+    margin = 1.0 if record.status == states.RETRY else 0.0
+    return moment.tzinfo is not None and moment.timestamp() + margin < record.when
 
 
 def _packed(sha: str, keys: Sequence[Any], args: Sequence[Any]) -> bytes:

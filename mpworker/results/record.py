@@ -280,6 +280,19 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return getattr(self, name) if name in _READABLE else default
 
 
+def displaces(new: Record, old: Record) -> bool:
+    """Whether of two records of one task, the first one written later, that one tells what is true now.
+
+    Not if it is about an earlier run: a task may be retried, and even have ended, before the process that asked for
+    that has said so. Nothing displaces a SUCCESS.
+    """
+    if old.status == "SUCCESS" or new.status in TERMINAL:
+        return old.status != "SUCCESS"
+    if old.status in TERMINAL:
+        return new.retries > old.retries
+    return (new.retries, new.status == "RETRY") >= (old.retries, old.status == "RETRY")
+
+
 _MARKS = frozenset({"shipped", "superseded", "in_hand"})
 _NAMES = frozenset(Record.__struct_fields__) - _MARKS
 _READABLE = _NAMES | _MARKS | {"response_data"}

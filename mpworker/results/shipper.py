@@ -4,7 +4,8 @@ Owns the search for unshipped records, the checkpoint of how far all is settled,
 the same file. Knows no Redis and no Celery: a function that it is given delivers. Never drops a record: what cannot
 be delivered stays where it is, marked as it was.
 
-Of each task only the last record of a batch is delivered: what came before it, Redis would hold for an instant. A batch
+Of each task only one record of a batch is delivered, in general its last: what came before it, Redis would hold for an
+instant. A batch
 is bounded, so memory is, however long an outage lasts. Delivered twice does no harm, so a crash at any point is none.
 """
 
@@ -26,7 +27,7 @@ from mpworker.errors import StoreError
 from mpworker.results.glance import pieces
 from mpworker.results.journal import Journal, mark_at_offset
 from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_open
-from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe, timestamp_of
+from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe, displaces, timestamp_of
 
 #: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
 Deliver = Callable[[Sequence[Record]], Sequence[bytes]]
@@ -272,11 +273,11 @@ class Shipper:
         return grace > 0 and 0 <= time.time() - record.when < grace
 
     def _ship(self, fd: int, batch: Sequence[Entry]) -> int:
-        """Delivers a batch: of each task the last record, or its first SUCCESS, which nothing may replace."""
+        """Delivers a batch: of each task the record that tells what is true now."""
         last: dict[tuple[str, bool], Entry] = {}
         for entry in batch:
             task = entry.record.task_id, entry.record.chord
-            if task not in last or last[task].record.status != "SUCCESS":
+            if task not in last or displaces(entry.record, last[task].record):
                 last[task] = entry
         due = [entry for entry in batch if last[entry.record.task_id, entry.record.chord] is entry]
         recent = timestamp_of(datetime.now(UTC) - _RECENT)
@@ -289,7 +290,7 @@ class Shipper:
             counted = last[entry.record.task_id, entry.record.chord]
             digit = digits.get(entry.offset, SHIPPED)
             # A second SUCCESS may be the one that Redis holds: at least one of them has to count.
-            if entry.offset > counted.offset and entry.record.status != "SUCCESS":
+            if entry.offset > counted.offset and counted.record.status == "SUCCESS" != entry.record.status:
                 digit = SUPERSEDED
             mark_at_offset(fd, entry.offset, digit)
         return len(batch)

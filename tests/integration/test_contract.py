@@ -93,7 +93,7 @@ def test_a_rate_limit_holds_tasks_back(tmp_path):
 def test_queues_come_and_go(shop):
     _, node, client = shop
     assert "ok" in control(client, node, "add_consumer", queue="annex")
-    assert {queue["name"] for queue in ask(client, node, "active_queues")} == {"celery", "annex"}
+    eventually(lambda: {queue["name"] for queue in ask(client, node, "active_queues")} == {"celery", "annex"})
     assert send(shop, "add", 3, 4, queue="annex").get(timeout=PATIENCE) == 7
     assert "ok" in control(client, node, "cancel_consumer", queue="annex")
     waits = send(shop, "add", 4, 4, queue="annex")

@@ -115,6 +115,7 @@ def held(server: Server) -> str | None:
         (("FAILURE", 0), ("REVOKED", -5), "FAILURE", SHIPPED),
         (("FAILURE", -9), ("REVOKED", 0), "REVOKED", SHIPPED),
         (("FAILURE", -9), ("RETRY", 0), "RETRY", SHIPPED),
+        (("FAILURE", -0.5), ("RETRY", 0), "FAILURE", SHIPPED),
         (("FAILURE", 0), ("SUCCESS", -9), "SUCCESS", SHIPPED),
     ],
 )

@@ -80,6 +80,30 @@ def test_nothing_follows_a_success(tmp_path: Path, after: str) -> None:
     assert digits(tmp_path) == [1, 1, 1 if after == "SUCCESS" else 2]
 
 
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        # the second run has ended before the first has said that it asked for it
+        ([("FAILURE", 1), ("RETRY", 0)], 0),
+        ([("STARTED", 1), ("RETRY", 0)], 0),
+        ([("SUCCESS", 1), ("RETRY", 0), ("FAILURE", 0)], 0),
+        ([("STARTED", 0), ("RETRY", 0), ("STARTED", 1)], 2),
+        ([("STARTED", 0), ("RETRY", 0)], 1),
+        ([("FAILURE", 0), ("STARTED", 1)], 1),
+        ([("STARTED", 2), ("FAILURE", 0)], 1),
+        ([("FAILURE", 0), ("REVOKED", 0)], 1),
+        ([("FAILURE", 0), ("SUCCESS", 0)], 1),
+    ],
+)
+def test_of_one_batch_what_is_true_now_is_delivered(tmp_path: Path, records: list[tuple[str, int]], told: int) -> None:
+    redis = Redis()
+    for status, retries in records:
+        put(tmp_path, "a", status, retries=retries)
+    ship(tmp_path, redis)
+    assert redis.got == [("a", records[told][0])]
+    assert all(digits(tmp_path))
+
+
 def test_of_two_successes_one_counts_whichever_redis_holds(tmp_path: Path) -> None:
     redis = Redis()
     redis.digit = SUPERSEDED  # it holds the second one
