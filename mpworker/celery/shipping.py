@@ -50,7 +50,7 @@ _PAUSE_MAX, _GROWTH = 15.0, 2.0
 #: The same while it does not even answer: to find out costs little, and new results wait for it.
 _AWAY_MAX = 2.0
 #: Seconds that the end of a node may be held up by what is still to be brought.
-_LAST_TRY = 2.0
+_LAST_TRY = 4.0
 
 #: So many results at once are a burst: then who runs tasks goes first, and the next ones gather for so many seconds.
 _BURST, _LINGER = 100, 0.005
@@ -380,6 +380,7 @@ class Shipping:
             poll.register(rung, 0 if self._refused else select.POLLIN)
             ready = [fd for fd, _ in poll.poll(1000 * max(0.0, look_at - time.monotonic()))]
             if until in ready:
+                self._look(0.0)  # nobody writes any more
                 return
             if rung in ready:
                 bell.quiet()

@@ -156,6 +156,8 @@ class Dispatcher:
             self._looked = not ready or now >= self._look_at
             if self._looked:
                 self._look(now)
+        if not self._orphaned:
+            self._service.finish()
         self._fleet.end_all()
         if not self._orphaned:
             self._say_goodbye()

@@ -1,11 +1,12 @@
 """The service: a process beside the workers that does what the pool's user needs done for as long as the pool is there.
 
 Owns its start, its restart when it ends, and its first words. Knows nothing of what it does: that is a call that came
-with BOOT. Never waits for it: it must bear to be killed at any moment.
+with BOOT. Waits for it at the end only, for a moment: it must bear to be killed at any other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -28,6 +29,8 @@ from mpworker.pool.wire import Listener
 SERVICE = 1 << 60
 #: Seconds before it is started again: at first, and at most where it ends again and again.
 _PAUSE, _PAUSE_MAX = 0.2, 30.0
+#: Seconds that it gets at the end.
+_LAST_TRY = 2.0
 #: Seconds after which one that ends has not failed to start.
 _SETTLED = 10.0
 
@@ -79,6 +82,15 @@ class Service:
         """Ends it; its successor is made as workers are now."""
         if self._crew is not None:
             self._fleet.kill(SERVICE, signal.SIGKILL)
+
+    def finish(self) -> None:
+        """Tells it that all is over, and lets it do what is left, for a moment."""
+        if self._crew is not None:
+            with contextlib.suppress(OSError):
+                self._crew.data.settimeout(_LAST_TRY)
+                self._crew.data.shutdown(socket.SHUT_WR)
+                while self._crew.data.recv(4096):
+                    pass
 
     def reaped(self) -> None:
         """Its number is nobody's now; the end of its line says the rest."""
