@@ -260,6 +260,11 @@ class Node:
         """Of processes whose title starts so, such as ``mpworker: worker``."""
         return [pid for pid, line in self.processes().items() if line.startswith(title)]
 
+    def the_one(self, title: str) -> int:
+        """The pid of the only process of that title, which a fork of it bears for a moment, too."""
+        (pid,) = eventually(lambda: pids if len(pids := self.pids(title)) == 1 else [], what=f"one {title}")
+        return pid
+
     def await_gone(self, timeout: float = PATIENCE) -> None:
         eventually(lambda: not self.processes(), timeout, f"no process left, but {self.processes()}")
 

@@ -26,7 +26,7 @@ def clinic(request, tmp_path_factory):
     env |= {"BESIDE": "1"} if request.param == "template" else {}
     options = {"app": "clinic", "env": env}
     with running(folder, "-c", "1", **options) as (_, node, client):
-        eventually(lambda: len(node.pids("mpworker: template")) == 1)  # others bear its title before they have theirs
+        assert node.the_one("mpworker: template")
         assert ("in a template" in node.log()) is (request.param == "template")
         yield node, client
 

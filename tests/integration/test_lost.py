@@ -103,7 +103,7 @@ def test_a_dispatcher_killed_while_idle(shop):
 def test_a_killed_template_is_replaced(shop):
     _, node, _ = shop
     eventually(lambda: len(node.pids("mpworker: worker")) == 2)
-    (template,) = node.pids("mpworker: template")
+    template = node.the_one("mpworker: template")
     os.kill(template, signal.SIGKILL)
     victim = node.pids("mpworker: worker")[0]
     os.kill(victim, signal.SIGKILL)

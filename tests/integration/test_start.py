@@ -88,11 +88,11 @@ def test_a_lost_template_is_replaced_by_one_that_loads_the_application(
 ) -> None:
     node, client = mint("", "--max-tasks-per-child", "1")
     know(client)
-    (template,) = node.pids("mpworker: template")
+    template = node.the_one("mpworker: template")
     os.kill(template, signal.SIGKILL)
     assert [know(client)["model"] for _ in range(6)][-1] is None
     assert node.log().count("what worker_init had opened there, cannot be had again") == 1
-    assert len(node.pids("mpworker: template")) == 1
+    assert node.the_one("mpworker: template")
 
 
 def test_a_lost_dispatcher_is_replaced_by_one_that_forks_nothing_of_ours(
@@ -119,7 +119,7 @@ def test_beside_a_thread_the_application_is_loaded_by_a_template(mint: Callable[
     (way,) = said(node)
     assert way.startswith("auto: the application is loaded once more, in a template; the main process has 2 threads")
     assert (found["model"], found["loaded_here"]) == (None, False)
-    assert len(node.pids("mpworker: template")) == 1
+    assert node.the_one("mpworker: template")
 
 
 def test_an_application_that_starts_threads_is_loaded_by_each_worker(mint: Callable[..., tuple[Node, Any]]) -> None:
