@@ -9,7 +9,6 @@ a thread, for what their processes could not bring themselves.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import random
@@ -409,8 +408,6 @@ class Shipping:
             self._server = ""  # who answers next may be another
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
-            if getattr(exc, "errno", 0) in (errno.EMFILE, errno.ENFILE) and self._follows:
-                raise  # a successor has its own descriptors; meanwhile nobody leaves anything to this process
             self._refused = True
             most = _PAUSE_MAX if isinstance(exc.__cause__ or exc, redis_errors.ResponseError) else _AWAY_MAX
             self._wait = min(self._wait * _GROWTH, most) * random.uniform(0.7, 1.0)

@@ -55,6 +55,7 @@ class Service:
     def __init__(self, selector: selectors.BaseSelector, fleet: Fleet, owner: Owner) -> None:
         self._selector, self._fleet, self._owner = selector, fleet, owner
         self._crew: Crew | None = None
+        self._is_ready = False
         self._reader = FrameReader("the service")
         self._began, self._pause = 0.0, _PAUSE
         #: when :meth:`tick` is due, by ``time.monotonic()``
@@ -69,7 +70,7 @@ class Service:
         """Starts it when it is time."""
         if now < self.deadline:
             return
-        self.deadline, self._began = inf, now
+        self.deadline, self._began, self._is_ready = inf, now, False
         try:
             self._crew = self._fleet.spawn(SERVICE, NO_SLOT, Lane.SERVICE, self._owner.boot_frame())
         except OSError as exc:
@@ -85,7 +86,7 @@ class Service:
 
     def finish(self) -> None:
         """Tells it that all is over, and lets it do what is left, for a moment."""
-        if self._crew is not None:
+        if self._crew is not None and self._is_ready:
             with contextlib.suppress(OSError):
                 self._crew.data.settimeout(_LAST_TRY)
                 self._crew.data.shutdown(socket.SHUT_WR)
@@ -98,7 +99,7 @@ class Service:
             self._crew.pid = 0
 
     def _read(self) -> None:
-        """Hears its pid, and later its end."""
+        """Hears its pid, that it has begun, and later its end."""
         crew = self._crew
         if crew is None:
             return
@@ -107,7 +108,9 @@ class Service:
             if data is None:
                 return
             for frame in self._reader.feed(data):
-                if frame.kind is not Kind.HELLO or not self._fleet.registered(crew, frame.job):
+                if frame.kind is Kind.READY and crew.pid:
+                    self._is_ready = True
+                elif frame.kind is not Kind.HELLO or not self._fleet.registered(crew, frame.job):
                     raise ProtocolError("the service has said what is not its to say")
             if data:
                 self._owner.show_workers()
@@ -139,4 +142,5 @@ def serve(line: socket.socket, boot: booting.Boot, prepared: bool) -> None:
         booting.prepare(boot)
     name, function, args = pickle.loads(boot.service)
     set_title(f"mpworker: {name}{boot.label}")
+    line.sendall(encode(Kind.READY, os.getpid()))
     function(*args, line.fileno())

@@ -14,38 +14,10 @@ from typing import NamedTuple
 import msgspec
 
 from mpworker.results.reader import Tally, read_line
-from mpworker.results.record import SUPERSEDED, Record
+from mpworker.results.record import Glance
 
 #: Bytes that are read at once: they stay in the processor's cache while they are searched.
 _PIECE = 1 << 19
-
-
-class Glance(msgspec.Struct, gc=False):
-    """Fields as :class:`~mpworker.results.record.Record`'s."""
-
-    task_id: str
-    status: str
-    timestamp: str
-    shipped: int = 0
-    name: str | None = None
-    message: str = ""
-    runtime: float | None = None
-    queued: float | None = None
-    hostname: str = ""
-    retries: int = 0
-    key: str | None = None
-    chord: bool = False
-
-    @property
-    def superseded(self) -> bool:
-        return self.shipped == int(SUPERSEDED)
-
-    @classmethod
-    def at(cls, record: Record) -> Glance:
-        mark = int(SUPERSEDED) if record.superseded else int(record.shipped)
-        names = (name for name in cls.__struct_fields__ if name != "shipped")
-        return cls(shipped=mark, **{name: getattr(record, name) for name in names})
-
 
 _decoder = msgspec.json.Decoder(Glance)
 #: What bytes that are no such line raise.

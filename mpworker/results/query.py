@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from msgspec import structs
 
-from mpworker.results.glance import Glance, read_glances
+from mpworker.results.glance import read_glances
 from mpworker.results.journal import SUFFIX, Journal
 from mpworker.results.reader import Tally, read_at
-from mpworker.results.record import TERMINAL, Record, canonical
+from mpworker.results.record import TERMINAL, Glance, Record, canonical
 from mpworker.results.scan import MOST, Order, Wanted, candidates, mapping, parts_of, records_of
 
 _FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})

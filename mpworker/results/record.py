@@ -41,6 +41,8 @@ UNSHIPPED, SHIPPED, SUPERSEDED, IN_HAND = b"0", b"1", b"2", b"3"
 
 #: Characters of a message in a summary.
 _SUMMARY = 200
+#: Seconds by which a run may tell what it does after another run of that task has told its end.
+_HESITATION = 1.0
 
 _ALIASES = {
     "SUCCESS": "complete completed done finished ok succeed succeeded successful",
@@ -241,7 +243,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             if not isinstance(data.get(name), str):
                 raise ValueError(f"a journal line needs {name} as text")
         mark = data.pop("shipped", 0)
-        values: dict[str, Any] = {name: data[name] for name in _NAMES & data.keys()}
+        values: dict[str, Any] = {"process_id": 0, "hostname": ""} | {name: data[name] for name in _NAMES & data.keys()}
         if "payload64" in data:
             values["payload"] = base64.b64decode(data["payload64"])
         for name in ("runtime", "queued"):
@@ -284,12 +286,12 @@ def displaces(new: Record, old: Record) -> bool:
     """Whether of two records of one task, the first one written later, that one tells what is true now.
 
     Not if it is about an earlier run: a task may be retried, and even have ended, before the process that asked for
-    that has said so. Nothing displaces a SUCCESS.
+    that has said so. A run that begins well after an end is another one. Nothing displaces a SUCCESS.
     """
     if old.status == "SUCCESS" or new.status in TERMINAL:
         return old.status != "SUCCESS"
     if old.status in TERMINAL:
-        return new.retries > old.retries
+        return new.retries > old.retries or new.when > old.when + _HESITATION
     return (new.retries, new.status == "RETRY") >= (old.retries, old.status == "RETRY")
 
 
@@ -302,8 +304,8 @@ def _mark(mark: object) -> dict[str, bool]:
     return {"shipped": mark not in (0, 3, None, False), "superseded": mark == 2, "in_hand": mark == 3}
 
 
-class _Line(msgspec.Struct):
-    """A line as it is written here; fields as :class:`Record`'s."""
+class Glance(msgspec.Struct, gc=False):
+    """What of a line tells what has become of its task; fields as :class:`Record`'s."""
 
     task_id: str
     status: str
@@ -311,21 +313,36 @@ class _Line(msgspec.Struct):
     shipped: int = 0
     name: str | None = None
     message: str = ""
-    result: Any = None
-    traceback: str | None = None
     runtime: float | None = None
     queued: float | None = None
-    process_id: int = 0
     hostname: str = ""
     retries: int = 0
     key: str | None = None
+    chord: bool = False
+
+    @property
+    def superseded(self) -> bool:
+        return self.shipped == int(SUPERSEDED)
+
+    @classmethod
+    def at(cls, record: Record) -> Glance:
+        mark = int(SUPERSEDED) if record.superseded else int(record.shipped)
+        names = (name for name in Glance.__struct_fields__ if name != "shipped")
+        return Glance(shipped=mark, **{name: getattr(record, name) for name in names})
+
+
+class _Line(Glance):
+    """A whole line, as it is written here."""
+
+    result: Any = None
+    traceback: str | None = None
+    process_id: int = 0
     store: str | None = None
     payload: str | None = None
     payload64: str | None = None
     expires: int | None = None
     log: str | None = None
     dead: bool = False
-    chord: bool = False
 
     def record(self) -> Record:
         mark = self.shipped

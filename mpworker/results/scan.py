@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpworker.results.glance import Glance, Piece, glance_at, glances_of, pieces
+from mpworker.results.glance import Piece, glance_at, glances_of, pieces
 from mpworker.results.reader import Tally
-from mpworker.results.record import aliases, canonical
+from mpworker.results.record import Glance, aliases, canonical
 
 #: Lines that fit, kept in one round at most; a second round finds the next ones.
 MOST = 50_000

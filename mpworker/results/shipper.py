@@ -5,8 +5,8 @@ the same file. Knows no Redis and no Celery: a function that it is given deliver
 be delivered stays where it is, marked as it was.
 
 Of each task only one record of a batch is delivered, in general its last: what came before it, Redis would hold for an
-instant. A batch
-is bounded, so memory is, however long an outage lasts. Delivered twice does no harm, so a crash at any point is none.
+instant. A batch is bounded, so memory is, however long an outage lasts. Delivered twice does no harm, so a crash at any
+point is none.
 """
 
 from __future__ import annotations

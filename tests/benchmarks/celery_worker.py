@@ -59,8 +59,8 @@ TARGETS = {
 
 #: Where a target is missed for a reason that is known.
 _WHY = {
-    "10 ms, of the ideal": "A sleep of 10 ms takes 10.1, and between two of them a worker stores a result in Redis and "
-    "hears of the next task: 2.6 ms at the median, as with prefork.",
+    "10 ms, of the ideal": "A sleep of 10 ms takes 10.1, and before the next one can begin MainProcess has to fetch "
+    "it: the transport's round trips, as with prefork.",
     "50 late acks, s": "MainProcess, by the transport's round trips, is the bound here, for prefork as well.",
 }
 

@@ -19,7 +19,7 @@ from mpworker.pool.jobs import Job, Lane, Worker
 from mpworker.pool.memory import OomCounter
 from mpworker.pool.sampler import Sampler
 
-NOW = 1000.0
+NOW = time.monotonic()
 
 
 def test_a_process_has_a_size() -> None:

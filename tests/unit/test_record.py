@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -12,17 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpworker.results import record as module
-from mpworker.results.glance import Glance, glance_at
+from mpworker.results.glance import glance_at
 from mpworker.results.reader import Tally
 from mpworker.results.record import (
     OPENING,
     SHIPPED_AT,
+    Glance,
     Record,
     canonical,
     describe,
+    displaces,
     runtime_of,
     task_begins,
     task_ends,
+    timestamp_of,
 )
 
 JSON = st.recursive(
@@ -238,6 +241,34 @@ def test_a_glance_sees_what_a_reader_reads(values: dict[str, object]) -> None:
     line = Record(**values).to_line()  # type: ignore[arg-type]
     ((seen, _),) = glance_at(line, Path("of.jsonl"), 0, Tally())
     assert seen == Glance.at(Record.from_line(line))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "later", "displaced"),
+    [
+        (("SUCCESS", 0), ("FAILURE", 1), 60, False),
+        (("FAILURE", 0), ("SUCCESS", 0), 0, True),
+        (("FAILURE", 0), ("RETRY", 0), 0.5, False),
+        (("FAILURE", 0), ("STARTED", 1), 0.5, True),
+        (("FAILURE", 0), ("STARTED", 0), 60, True),
+        (("STARTED", 0), ("RETRY", 0), 0, True),
+        (("RETRY", 0), ("STARTED", 0), 0, False),
+        (("RETRY", 0), ("STARTED", 1), 0, True),
+    ],
+)
+def test_what_is_true_now(old: tuple[str, int], new: tuple[str, int], later: float, displaced: bool) -> None:
+    """A run that speaks late of what another has ended since says nothing; one that begins anew does."""
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    records = [
+        Record(task_id="a", status=status, retries=retries, timestamp=timestamp_of(at + timedelta(seconds=after)))
+        for (status, retries), after in ((old, 0), (new, later))
+    ]
+    assert displaces(records[1], records[0]) is displaced
+
+
+def test_of_a_line_that_does_not_say_it_nobody_claims_to_be_the_writer() -> None:
+    read = Record.from_line(b'{"task_id": "a", "status": "SUCCESS", "timestamp": "x", "retries": "none"}')
+    assert (read.process_id, read.hostname) == (0, "")
 
 
 def test_a_glance_at_what_is_broken_is_a_readers() -> None:
