@@ -227,9 +227,14 @@ def missing(what: str) -> NoReturn:
 
 
 class RedisServer:
-    """A Valkey server on a unix socket and on a free port of the loopback interface, in a folder of its own."""
+    """A Valkey server on a unix socket and on a free port of the loopback interface, in a folder of its own.
 
-    def __init__(self) -> None:
+    Args:
+        options: of its configuration; they win over what is chosen here.
+    """
+
+    def __init__(self, **options: str) -> None:
+        self.options = options
         self.folder = Path(tempfile.mkdtemp(prefix="mpw-"))  # not below tmp_path: a socket's path must be short
         self.socket = self.folder / "v.sock"
         self.port = 0
@@ -258,7 +263,7 @@ class RedisServer:
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
         options = {"port": str(self.port), "bind": "127.0.0.1", "unixsocket": str(self.socket), "save": ""}
-        options |= {"dir": str(self.folder), "appendonly": "yes", "logfile": str(self.folder / "log")}
+        options |= {"dir": str(self.folder), "appendonly": "yes", "logfile": str(self.folder / "log"), **self.options}
         words = [word for key, value in options.items() for word in (f"--{key}", value)]
         self._process = subprocess.Popen([str(get_binary_path()), *words], stdin=subprocess.DEVNULL)
         wait_until(self._answers, what=f"the server answers; its log: {self.folder / 'log'}")

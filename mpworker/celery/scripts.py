@@ -48,7 +48,7 @@ local function store(key, payload, live, a, b, summary, history)
         redis.call('SET', key, payload)
     end
     redis.call('PUBLISH', key, payload)
-    if summary ~= '' then
+    if summary ~= '' and old ~= payload then
         local noted = redis.pcall('XADD', history, 'MAXLEN', '~', ARGV[1], '*', 'r', summary)
         if type(noted) == 'table' then
             return 3

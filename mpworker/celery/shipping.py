@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import secrets
 import select
 import threading
 import time
@@ -33,7 +34,7 @@ from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.bell import BROKEN, UNREADABLE, Bell
 from mpworker.results.journal import Flusher, Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
-from mpworker.results.shipper import Pass, Refused, Shipper
+from mpworker.results.shipper import Pass, Refused, Shipper, Witness
 from mpworker.settings import Settings
 
 logger = logging.getLogger("mpworker.results")
@@ -72,6 +73,11 @@ class Delivery:
         self._backend = backend
         self._client = quick_client(backend, _PATIENCE).client()  # with one connection, which is kept
         self._script = self._client.register_script(DELIVER)
+        #: the run of the server that has all that was settled; empty: not known
+        self.server = ""
+        #: who is at the other end now has yet to be asked
+        self.is_doubtful = True
+        self._client.connection.register_connect_callback(self._on_connect)
 
     def __call__(self, records: Sequence[Record]) -> list[bytes]:
         """See :data:`mpworker.results.shipper.Deliver`.
@@ -168,29 +174,37 @@ class Delivery:
 
     # -- whether Redis still has what it was brought -------------------------------------------------------------
 
-    def knows(self, folder: str) -> bool:
-        """Whether this Redis still holds what it was brought from that folder. One that was emptied has forgotten."""
-        try:
-            return not folder or bool(self._client.exists(self._mark(folder)))
-        except redis_errors.ResponseError:  # a key that we may not use
-            return True
+    def _on_connect(self, _: Any) -> None:
+        self.is_doubtful = True
 
-    def remember(self, folder: str) -> None:
-        """From now on :meth:`knows` it."""
-        if folder:
-            with suppress(redis_errors.ResponseError):
-                self._client.set(self._mark(folder), 1)
-
-    def _mark(self, folder: str) -> Any:
-        """A key that is there for as long as Redis forgets nothing, named as groups are: others may be forbidden."""
-        return self._backend.get_key_for_group(f"mpworker-journal-{folder}")
-
-    def server(self) -> str:
+    def ask_server(self) -> str:
         """Which run of which server this is; empty where it does not say."""
+        self.is_doubtful = False
         try:
             return str(self._client.info("server").get("run_id", ""))
         except redis_errors.ResponseError:
             return ""
+
+    def ask_token(self, folder: str) -> str | None:
+        """The last one that it was given for that folder; empty: none. ``None``: it does not say."""
+        try:
+            token = self._client.get(self._mark(folder)) or b""
+            return token if isinstance(token, str) else token.decode("ascii", "replace")
+        except redis_errors.ResponseError:  # a key that we may not use
+            return None
+
+    def give_token(self, folder: str) -> Witness:
+        """Has Redis note that it has been brought something from that folder; after that."""
+        token = secrets.token_hex(8)
+        try:
+            self._client.set(self._mark(folder), token)
+        except redis_errors.ResponseError:
+            token = ""
+        return Witness(self.server, token)
+
+    def _mark(self, folder: str) -> Any:
+        """A key that is there for as long as Redis forgets nothing, named as groups are: others may be forbidden."""
+        return self._backend.get_key_for_group(f"mpworker-journal-{folder}")
 
 
 def _is_before(done: Any, record: Record) -> bool:
@@ -233,6 +247,40 @@ def _to_live(record: Record) -> int:
     return 0 if math.isinf(left) else max(1, int(left * 1000))
 
 
+def _deliver_all(shipper: Shipper, delivery: Delivery, again: bool = False) -> Pass:
+    """What is unshipped; and of the rest what a server has lost that was restarted, or that has taken another's place.
+
+    After each delivery the server is given a token, which the checkpoint notes with what was settled by then. One that
+    still has it has all of that, and is brought again only what came after it; one that has not, everything. One that
+    was there all the time has lost nothing that somebody did not want it to.
+    """
+    folder, is_new = shipper.name()
+    token = delivery.ask_token(folder) if folder else None
+    is_other = forgotten = False
+    if delivery.is_doubtful:
+        before, server = delivery.server or shipper.witness.server, delivery.ask_server()
+        is_other = not is_new and (not server or server != before)
+        forgotten = is_other and token is not None and shipper.witness.token not in ("", token)
+    else:
+        server = delivery.server
+    try:
+        found = shipper.run(again=again or forgotten, doubtful=is_other)
+    except Refused:
+        delivery.is_doubtful = True
+        raise
+    delivery.is_doubtful |= is_other and found.busy > 0
+    if forgotten:
+        logger.warning("Redis has lost results; it has been brought %d", found.delivered)
+    if not delivery.is_doubtful:
+        delivery.server = server
+        known = Witness(server, shipper.witness.token if token is None else token)
+        if folder and (shipper.has_news or shipper.witness != known):
+            witness = delivery.give_token(folder)
+            if not delivery.is_doubtful:  # it has been the same one all the time
+                shipper.keep(witness)
+    return found
+
+
 def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False) -> Pass | None:
     """Delivers what a node has left in its journal folder; ``None`` if another does it now.
 
@@ -248,16 +296,18 @@ def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False
         raise ConfigurationError(f"there is no journal folder {folder}")
     backend = backend_of(app)
     part_grace = _part_grace(app)
-    shipper = Shipper(folder, Delivery(backend), 0.0, part_grace, None if any_store else backend.store_name)
     end = time.monotonic() + _TURN
     try:
-        found = shipper.run(again)
+        delivery = Delivery(backend)
+        shipper = Shipper(folder, delivery, 0.0, part_grace, None if any_store else backend.store_name)
+        found = _deliver_all(shipper, delivery, again)
         while found.busy and time.monotonic() < end:
             time.sleep(_MOMENT)
-            more = shipper.run(again)
+            more = _deliver_all(shipper, delivery, again)
             found = more._replace(delivered=found.delivered + more.delivered)
-    except Refused as exc:
-        raise StoreError(f"not all of {folder} could be delivered: {exc}") from exc
+    except (Refused, redis_errors.RedisError) as exc:
+        reason = exc if isinstance(exc, Refused) else describe(exc)
+        raise StoreError(f"not all of {folder} could be delivered: {reason}") from exc
     if found.busy and not found.delivered:
         return None
     if found.problem:
@@ -349,7 +399,7 @@ class Shipping:
         self._journal = Journal(self._folder, node)
         self._kept = settings.journal_days, settings.journal_mib << 20
         self._wait, self._refused = _PAUSE, False
-        self._server = self._problem = ""
+        self._problem = ""
         self._delivery: Delivery | None = None
         self._shipper: Shipper | None = None
         self._discard_at = 0.0
@@ -405,7 +455,8 @@ class Shipping:
         try:
             delivered = do()
         except (redis_errors.RedisError, OSError, StoreError) as exc:
-            self._server = ""  # who answers next may be another
+            if self._delivery is not None:
+                self._delivery.is_doubtful = True  # who answers next may be another
             if not self._refused:
                 logger.warning("results wait in the journal %s until Redis takes them: %s", self._folder, describe(exc))
             self._refused = True
@@ -439,15 +490,7 @@ class Shipping:
         return delivered + (self._took(self._shipper.follow(self._journal.path())) if self._follows else 0)
 
     def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
-        folder, is_new = shipper.name()
-        forgotten = not is_new and not delivery.knows(folder)
-        # The same run of a server that has forgotten everything: somebody wanted that.
-        lost = forgotten and not (self._server and delivery.server() == self._server)
-        found = shipper.run(again=lost)
-        if is_new or forgotten:
-            delivery.remember(folder)
-        if forgotten or not self._server:
-            self._server = delivery.server()
+        found = _deliver_all(shipper, delivery)
         if found.problem != self._problem:
             self._problem = found.problem
             if found.problem:

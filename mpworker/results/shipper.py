@@ -62,6 +62,18 @@ class Pass(NamedTuple):
     busy: int = 0
 
 
+class Witness(NamedTuple):
+    """What the receiver said of itself when all that is settled was there.
+
+    Attributes:
+        server: which run of which server that was; empty where it does not say.
+        token: that it was given then. One that shows another has forgotten, or is another.
+    """
+
+    server: str = ""
+    token: str = ""
+
+
 class Refused(StoreError):
     """What delivers has failed; its error is the cause."""
 
@@ -94,6 +106,8 @@ class Shipper:
         #: what the checkpoint says of it, and which file that is
         self._kept: dict[str, tuple[str, int]] = {}
         self._kept_at: tuple[int, int] | None = None
+        #: … and who stands for it
+        self.witness = Witness()
         self._name = ""
         self._followed: _Followed | None = None
 
@@ -113,31 +127,44 @@ class Shipper:
         self._settled = self._read_checkpoint()  # and the name: it may be another one's, or could not be kept
         return self._name, True
 
-    def run(self, again: bool = False) -> Pass:
+    def run(self, again: bool = False, doubtful: bool = False) -> Pass:
         """Delivers what is unshipped now, oldest first.
 
         Args:
             again: also what had been shipped: Redis has lost it.
+            doubtful: also what has been shipped since :meth:`keep`.
 
         Raises:
             Refused: ``deliver`` has raised something; what it had not delivered is found again by the next run.
         """
         self._refresh()
+        if again or doubtful:
+            self._settled = {} if again else dict(self._kept)
         found = Pass(0)
-        try:
-            for path in Journal.files(self.folder):
-                try:
-                    found = _sum(found, self._run_file(path, again))
-                except FileNotFoundError:
-                    continue  # rotated away meanwhile
-                except Refused:
-                    raise
-                except OSError as exc:
-                    found = found._replace(problem=f"cannot read {path}: {exc.strerror or exc}")
-        finally:
-            if self._settled != self._kept:
-                self._write_checkpoint()
+        for path in Journal.files(self.folder):
+            try:
+                found = _sum(found, self._run_file(path, again or doubtful))
+            except FileNotFoundError:
+                continue  # rotated away meanwhile
+            except Refused:
+                raise
+            except OSError as exc:
+                found = found._replace(problem=f"cannot read {path}: {exc.strerror or exc}")
         return found
+
+    @property
+    def has_news(self) -> bool:
+        """More is settled than the checkpoint says."""
+        return self._settled != self._kept
+
+    def keep(self, witness: Witness) -> None:
+        """Writes the checkpoint: from here on :meth:`run` begins where all was settled.
+
+        Args:
+            witness: who was asked after that.
+        """
+        self.witness = witness
+        self._write_checkpoint()
 
     def _run_file(self, path: Path, again: bool) -> Pass:
         fd = _open(path)
@@ -156,7 +183,7 @@ class Shipper:
         known, start = self._settled.get(path.name, (identity, 0))
         if follows and (read := self._read.get(path.name, ("", 0)))[0] == identity:
             known, start = identity, max(start if known == identity else 0, read[1])
-        if again or known != identity or start > end:  # another file, or cut off: from the beginning
+        if known != identity or start > end:  # another file, or cut off: from the beginning
             start = 0
         if start == end:
             return Pass(0)
@@ -339,9 +366,10 @@ class Shipper:
         try:
             found = json.loads(self._checkpoint.read_bytes())
             self._name = str(found.get("name", ""))
+            self.witness = Witness(str(found.get("server", "")), str(found.get("token", "")))
             return {str(name): (str(known), int(end)) for name, (known, end) in found["files"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            self._name = ""
+            self._name, self.witness = "", Witness()
             return {}  # none yet, or broken: everything is looked at again
 
     def _write_checkpoint(self, first: bool = False) -> None:
@@ -352,7 +380,7 @@ class Shipper:
         with contextlib.suppress(OSError):  # a full disk, a folder to read only: the next run looks at more than needed
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with open(fd, "w") as file:
-                json.dump({"name": self._name, "files": files}, file)
+                json.dump({"name": self._name, **self.witness._asdict(), "files": files}, file)
             if first and path.exists():  # by another one who was quicker
                 fresh.unlink()
             else:

@@ -58,8 +58,8 @@ class Server(support.RedisServer):
 
     broker = results = support.RedisServer.url
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: str) -> None:
+        super().__init__(**options)
         self.port = "0"  # its socket will do: a port that is free now may be taken a moment later
 
     def client(self, **options: Any) -> Any:

@@ -29,7 +29,7 @@ from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.bell import Bell
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
-from mpworker.results.shipper import Pass
+from mpworker.results.shipper import Pass, Witness
 from mpworker.settings import Settings
 
 CLASS = "mpworker.celery.backend:ResultBackend"
@@ -86,12 +86,13 @@ def record(status: str, when: float = 0.0, text: str = "", **fields: Any) -> Rec
     done = at(when) if status in ("SUCCESS", "FAILURE", "REVOKED") else None
     meta = {"status": status, "result": text, "date_done": done, "task_id": "t"}
     payload = json.dumps(meta | ({"told": time.time() + when} if status == "PROGRESS" else {}))
-    values = {"timestamp": at(when), "key": "celery-task-meta-t", "payload": payload, "expires": 60, **fields}
-    return Record(task_id="t", status=status, **values)
+    name = fields.setdefault("task_id", "t")
+    values = {"timestamp": at(when), "key": f"celery-task-meta-{name}", "payload": payload, "expires": 60, **fields}
+    return Record(status=status, **values)
 
 
-def held(server: Server) -> str | None:
-    found = server.client().get("celery-task-meta-t")
+def held(server: Server, name: str = "t") -> str | None:
+    found = server.client().get(f"celery-task-meta-{name}")
     return None if found is None else json.loads(found)["status"]
 
 
@@ -202,12 +203,12 @@ def test_a_server_that_refuses_scripts(server: Server, app: Celery) -> None:
 
 def test_a_user_who_may_use_the_keys_of_results_only(server: Server, app: Celery) -> None:
     deliver = limited(server, app, "resetkeys", "~celery-*")
-    assert not deliver.knows("f")
-    deliver.remember("f")
-    assert deliver.knows("f")
-    deliver = limited(server, app, "resetkeys", "~other-*")
-    deliver.remember("f")
-    assert deliver.knows("f")
+    assert deliver.ask_token("f") == ""
+    assert deliver.give_token("f").token == deliver.ask_token("f") != ""
+    deliver = limited(server, app, "resetkeys", "~other-*", "-info")
+    assert deliver.give_token("f") == Witness("", "")
+    assert deliver.ask_token("f") is None
+    assert deliver.ask_server() == ""
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/St_Johns"])
@@ -256,12 +257,12 @@ def test_a_running_node_brings_what_was_left(server: Server, folder: Path) -> No
 
 def test_looking_costs_no_new_connections(server: Server, folder: Path) -> None:
     def looks() -> int:
-        return int(server.client().info("commandstats").get("cmdstat_exists", {}).get("calls", 0))
+        return int(server.client().info("commandstats").get("cmdstat_get", {}).get("calls", 0))
 
     eventually(lambda: looks() > 0)
     before, connections = looks(), server.client().info("stats")["total_connections_received"]
     client = server.client()
-    eventually(lambda: int(client.info("commandstats")["cmdstat_exists"]["calls"]) >= before + 2)
+    eventually(lambda: int(client.info("commandstats")["cmdstat_get"]["calls"]) >= before + 2)
     assert client.info("stats")["total_connections_received"] - connections <= 2  # ours: of looks() and of this
 
 
@@ -291,6 +292,69 @@ def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Pat
             eventually(lambda: held(server) == "SUCCESS")
         finally:
             signals.worker_shutdown.send(sender=Sender(app))
+            close(app)
+
+
+class Past:
+    """A moment of a server, to which it can be taken back, as by its last snapshot or by a replica that lagged."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._data = server, server.folder / "appendonlydir"
+        self._kept = server.folder / "then"
+        shutil.copytree(self._data, self._kept)
+
+    def __call__(self) -> None:
+        self._server.kill()
+        self._server.forget()
+        shutil.copytree(self._kept, self._data)
+        self._server.start()
+
+
+def checkpoint(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.glob(".shipped*.json"))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_redis_that_goes_back_in_time_is_brought_what_it_lost(tmp_path: Path, more: int) -> None:
+    """Also what it was brought a moment ago, so that nobody has noted that it is there."""
+    with Server() as server:
+        app = app_of(server)
+        shipping.start_with(app, Settings(journal=tmp_path), "n")
+        signals.worker_ready.send(sender=Sender(app))
+        try:
+            for name in "abcd"[: 3 + more]:
+                if name == "b":
+                    back_to_then = Past(server)
+                before = checkpoint(tmp_path)
+                leave(tmp_path, task_id=name)
+                eventually(lambda name=name: held(server, name) == "SUCCESS")
+                if name != "d":
+                    eventually(lambda before=before: checkpoint(tmp_path) != before, what="it is noted")
+            back_to_then()
+            assert held(server, "b") is None
+            eventually(lambda: {held(server, name) for name in "abcd"[: 3 + more]} == {"SUCCESS"})
+        finally:
+            signals.worker_shutdown.send(sender=Sender(app))
+            close(app)
+
+
+def test_a_loss_that_nobody_saw_is_noticed_later(tmp_path: Path) -> None:
+    with Server() as server:
+        app = app_of(server)
+        try:
+            leave(tmp_path, task_id="a")
+            assert shipping.ship(app, tmp_path) == Pass(1)
+            back_to_then = Past(server)
+            leave(tmp_path, task_id="b")
+            assert shipping.ship(app, tmp_path) == Pass(1)
+            assert shipping.ship(app, tmp_path) == Pass(0)
+            back_to_then()
+            assert shipping.ship(app, tmp_path) == Pass(2)
+            assert held(server, "b") == "SUCCESS"
+            server.kill()
+            server.start()
+            assert shipping.ship(app, tmp_path) == Pass(0)
+        finally:
             close(app)
 
 

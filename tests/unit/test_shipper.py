@@ -16,7 +16,7 @@ from mpworker.results.journal import Journal
 from mpworker.results.query import ResultStore
 from mpworker.results.reader import read_open
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, timestamp_now
-from mpworker.results.shipper import Pass, Refused, Shipper
+from mpworker.results.shipper import Pass, Refused, Shipper, Witness
 
 
 class Redis:
@@ -47,7 +47,11 @@ def digits(folder: Path) -> list[int]:
 
 
 def ship(folder: Path, redis: Redis, grace: float = 0.0) -> Pass:
-    return Shipper(folder, redis, grace).run()
+    shipper = Shipper(folder, redis, grace)
+    found = shipper.run()
+    if shipper.has_news:
+        shipper.keep(Witness("here", "t"))
+    return found
 
 
 def test_what_is_unshipped_is_delivered_in_order_and_marked(tmp_path: Path) -> None:
@@ -118,7 +122,9 @@ def test_what_is_meant_for_another_backend_is_left_to_others(tmp_path: Path) -> 
     ours, theirs = Redis(), Redis()
     for name, store in (("a", "ours"), ("b", "theirs"), ("c", None), ("d", "ours")):
         put(tmp_path, name, store=store)
-    assert Shipper(tmp_path, ours, store="ours").run() == Pass(3, 0, 1)
+    shipper = Shipper(tmp_path, ours, store="ours")
+    assert shipper.run() == Pass(3, 0, 1)
+    shipper.keep(Witness("here", "t"))
     assert Shipper(tmp_path, ours, store="ours").run() == Pass(0)
     assert digits(tmp_path) == [1, 0, 1, 1]
     assert Shipper(tmp_path, theirs, store="theirs").run() == Pass(1)
@@ -275,6 +281,27 @@ def test_again_is_everything_that_was_not_superseded(tmp_path: Path) -> None:
     assert shipper.run(again=True) == Pass(4, 0)
     assert redis.got == [("a", "SUCCESS"), ("b", "FAILURE"), ("c", "STARTED")]
     assert shipper.run() == Pass(0, 0)
+
+
+def test_what_came_after_the_checkpoint_is_doubtful(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    ship(tmp_path, redis)
+    shipper = Shipper(tmp_path, redis)
+    put(tmp_path, "b")
+    put(tmp_path, "c", shipped=True)
+    assert shipper.run() == Pass(1)
+    assert shipper.has_news
+    assert shipper.witness == Witness("here", "t")
+    redis.got.clear()
+    assert shipper.run(doubtful=True) == Pass(2)
+    assert redis.got == [("b", "SUCCESS"), ("c", "SUCCESS")]
+    shipper.keep(Witness("there", "u"))
+    assert not shipper.has_news
+    assert shipper.run(doubtful=True) == Pass(0)
+    other = Shipper(tmp_path, redis)
+    other.name()
+    assert other.witness == Witness("there", "u")
 
 
 def test_a_folder_keeps_its_name(tmp_path: Path) -> None:
