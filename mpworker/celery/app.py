@@ -35,7 +35,7 @@ BROKER_VARIABLE, RESULT_VARIABLE = "MPWORKER_BROKER_URL", "MPWORKER_RESULT_BACKE
 #: How a URL's scheme reads for kombu, and for Celery's result backends (``redis+`` is cut off by Celery there).
 _BROKER_SCHEMES = {"valkey": "redis", "valkeys": "rediss", "valkey+socket": "redis+socket"}
 _RESULT_SCHEMES = {"valkey": "redis", "valkeys": "rediss", "valkey+socket": "socket", "redis+socket": "socket"}
-_JOURNALED = ("redis", "rediss", "socket")
+_JOURNALED = ("redis", "rediss", "socket", "sentinel")
 
 _QUICK_RETRY = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
 
@@ -222,10 +222,12 @@ def _embedded_url(app: Celery) -> str:
 
 
 def _results_beside(broker: Any) -> str | None:
-    """Results go where the messages are, if that is Redis. RabbitMQ stores none: then there is no result backend."""
+    """Results go where the messages are, if that is a Redis that its URL leads to. RabbitMQ stores none: then there is
+    no result backend."""
     first = (list(broker) or [""])[0] if isinstance(broker, list | tuple) else str(broker or "")
     url = journal_url(first.split(";")[0])
-    return url if isinstance(url, str) and url.startswith("mpworker+") else None
+    is_known = isinstance(url, str) and url.startswith("mpworker+") and not url.startswith("mpworker+sentinel")
+    return url if is_known else None
 
 
 def _complete_installed(sender: Celery, **_: Any) -> None:

@@ -76,6 +76,7 @@ _SCHEMES = {
     "unix": "socket",
     "redis+socket": "socket",
     "redis+unix": "socket",
+    "sentinel": "sentinel",
 }
 
 _node_journal: Journal | None = None
@@ -163,6 +164,13 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     Raises:
         ConfigurationError: the URL is none that it knows, or an ``mpworker_`` setting is wrong.
     """
+
+    def __new__(cls, *_: Any, url: str | None = None, **__: Any) -> ResultBackend:
+        if cls is ResultBackend and str(url).lower().startswith("sentinel://"):
+            from mpworker.celery.sentinel import SentinelResultBackend
+
+            return super().__new__(SentinelResultBackend)  # type: ignore[no-any-return]
+        return super().__new__(cls)  # type: ignore[no-any-return]
 
     def __init__(self, *args: Any, url: str | None = None, **kwargs: Any) -> None:
         try:
@@ -556,6 +564,6 @@ def _redis_url(url: str | None) -> str | None:
     scheme, _, rest = url.partition("://")
     known = _SCHEMES.get(scheme.lower())
     if known is None:
-        examples = "mpworker+redis://host:6379/0, mpworker+rediss://... or mpworker+socket:///path"
+        examples = "mpworker+redis://host:6379/0, mpworker+rediss://..., +sentinel://... or +socket:///path"
         raise ConfigurationError(f"result backend URL {scheme}://... is not known here; use {examples}")
     return f"{known}://{rest}"

@@ -85,6 +85,7 @@ class Delivery:
         Raises:
             redis.exceptions.RedisError: Redis is away or refuses; some of them may have been stored.
         """
+        self._connect()
         results = [record for record in records if not record.chord]
         digits = iter(self._results(results))
         return [self._own(self._part, record) if record.chord else next(digits) for record in records]
@@ -174,6 +175,10 @@ class Delivery:
 
     # -- whether Redis still has what it was brought -------------------------------------------------------------
 
+    def _connect(self) -> None:
+        """If need be. Left to itself a connection that is lost goes to where it was, and never asks Sentinel again."""
+        self._client.connection.connect()
+
     def _on_connect(self, _: Any) -> None:
         self.is_doubtful = True
 
@@ -187,6 +192,7 @@ class Delivery:
 
     def ask_token(self, folder: str) -> str | None:
         """The last one that it was given for that folder; empty: none. ``None``: it does not say."""
+        self._connect()
         try:
             token = self._client.get(self._mark(folder)) or b""
             return token if isinstance(token, str) else token.decode("ascii", "replace")

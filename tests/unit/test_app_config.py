@@ -163,7 +163,7 @@ class TestInstall:
         app = install(install(plain_app(backend="redis://h/2")))
         self.check(app)
 
-    @pytest.mark.parametrize("url", ["rpc://", "db+sqlite:///x", "mpworker+redis://h/0", "sentinel://h/0"])
+    @pytest.mark.parametrize("url", ["rpc://", "db+sqlite:///x", "mpworker+redis://h/0"])
     def test_other_result_backends_stay(self, url):
         app = install(plain_app(backend=url))
         assert app.conf.result_backend == url
@@ -222,6 +222,7 @@ class TestInstall:
     [
         ("redis://h", "mpworker+redis://h"),
         ("rediss://h", "mpworker+rediss://h"),
+        ("sentinel://h:1;sentinel://g:1", "mpworker+sentinel://h:1;sentinel://g:1"),
         ("valkeys://h", "mpworker+rediss://h"),
         ("mpworker+valkey://h", "mpworker+redis://h"),
         ("redis+socket:///p", "mpworker+socket:///p"),

@@ -478,7 +478,8 @@ def test_configuration_errors_are_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="mpworker_journal_fsync must be one of"):
         backend_of(mpworker_journal=str(tmp_path), mpworker_journal_fsync="maybe")
     for url, reason in (
-        ("sentinel://h/0", "not known here; use mpworker"),
+        ("cluster://h/0", "not known here; use mpworker"),
+        ("sentinel://:secret@h/0;sentinel://g/0", "result_backend_transport_options"),
         ("redis://:secret@h/x", "invalid literal"),
         ("redis://:secret@h:port/0", "[Pp]ort"),
     ):
@@ -518,6 +519,20 @@ def test_the_printed_url_hides_the_password() -> None:
     backend = ResultBackend(app=app, url="redis://:secret@h:6379/0")
     assert backend.as_uri() == "mpworker+redis://:**@h:6379/0"
     assert backend.as_uri(include_password=True) == "mpworker+redis://:secret@h:6379/0"
+
+
+def test_behind_sentinel(journal: Journal) -> None:
+    url = "sentinel://:secret@h:26379/1;sentinel://g:26379/1"
+    app = Celery("t", backend=f"mpworker+{url}", set_as_current=False)
+    app.loader.override_backends = {"mpworker": "mpworker.celery.backend:ResultBackend"}
+    app.conf.result_backend_transport_options = {"master_name": "m"}
+    backend = app.backend
+    assert isinstance(backend, ResultBackend)
+    assert [(host["host"], host["port"]) for host in backend.connparams["hosts"]] == [("h", 26379), ("g", 26379)]
+    assert backend.as_uri() == "mpworker+sentinel://:**@h:26379/1;sentinel://g:26379/1"
+    assert backend.as_uri(include_password=True) == f"mpworker+{url}"
+    assert backend.quick_client.connection_pool.connection_kwargs["socket_timeout"] == module.REDIS_TIMEOUT
+    assert backend.quick_client.connection_pool.service_name == "m"
 
 
 def test_a_backend_survives_pickling(journal: Journal) -> None:
