@@ -111,13 +111,12 @@ def print_statistics(store: ResultStore, by: str | None, since: Any, until: Any,
     Raises:
         ValueError: a time makes no sense.
     """
-    groups = store.get_breakdown(by or "all", since, until)
+    groups, *more = store.get_breakdowns([by] if by else ["all", "name"], since, until)
     if as_json:
         print_rows([{**({by: name} if by else {}), **counts} for name, counts in groups.items()], "json", "")
         return
     print_rows([_counts(by or "", name, counts) for name, counts in groups.items()], "table", "no results")
-    if by is None and groups:
-        names = store.get_breakdown("name", since, until)
+    for names in more:
         _ranking("slowest", names, "p95_runtime")
         _ranking("most failing", names, "failed")
 

@@ -1,11 +1,9 @@
 """The result store: adds results to journal files, and filters, pages and counts what they hold.
 
-Owns the question "what is this task's state now". Keeps a small tuple per task in memory and reads a record from its
-file when it is asked for; what a filter finds in large files, it searches there. Never imports Celery, never asks
-Redis, never changes a line.
-
-A task's state is its latest record by timestamp, with two exceptions: what is not terminal never displaces what is, and
-a SUCCESS that Celery stored is never displaced (Celery's own rule; Redis keeps it too).
+Owns what has been read so far. Keeps a small tuple per task in memory and reads a record from its file when it is asked
+for; what a filter finds in large files, it searches there, and it counts them without noting all tasks. Which of a
+task's records tells its state, :mod:`mpworker.results.tasks` says. Never imports Celery, never asks Redis, never
+changes a line.
 """
 
 from __future__ import annotations
@@ -15,48 +13,26 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from sys import intern
 from typing import Any, BinaryIO, NamedTuple
 
 from msgspec import structs
 
+from mpworker.results.census import census
 from mpworker.results.glance import read_glances
 from mpworker.results.journal import SUFFIX, Journal
 from mpworker.results.reader import Tally, read_at
-from mpworker.results.record import TERMINAL, Glance, Record, canonical
+from mpworker.results.record import Record, canonical
 from mpworker.results.scan import MOST, Order, Wanted, candidates, mapping, parts_of, records_of
+from mpworker.results.tasks import GROUPS, Count, Seen, counted, iso, put, seen_of, stamp_of
 
-_FAILED = frozenset({"FAILURE", "TIMEOUT", "TIMED_OUT", "LOST", "CRASHED"})
-_PENDING = frozenset({"PENDING", "RECEIVED", "RETRY"})
-#: How the message of a task begins whose process died; Celery's name for it, and the pool's.
-_LOST = ("WorkerLostError", "WorkerLost", "PoisonMessage")
-#: Bytes not yet read from where on a filter searches the files and notes nothing.
+#: Bytes not yet read from where on a filter searches the files, and a breakdown counts them, and notes nothing.
 _LARGE = 32 << 20
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])", re.IGNORECASE)
-
-
-class _Seen(NamedTuple):
-    """All that is kept of a task."""
-
-    stamp: float
-    status: str
-    name: str | None
-    runtime: float | None
-    queued: float | None
-    path: Path
-    offset: int
-    #: a SUCCESS that Celery stored
-    fixed: bool
-    retried: bool
-    #: the node
-    worker: str
-    #: its process had died
-    lost: bool
 
 
 class _Place(NamedTuple):
@@ -82,7 +58,7 @@ class ResultStore:
         self._forget()
 
     def _forget(self) -> None:
-        self._tasks: dict[str, _Seen] = {}
+        self._tasks: dict[str, Seen] = {}
         self._read: dict[Path, _Place] = {}
         self._torn = 0
         self._first: float | None = None
@@ -116,7 +92,7 @@ class ResultStore:
                 status=str(status),
                 message=str(message),
                 result=response_data,
-                timestamp=_iso(stamp),
+                timestamp=iso(stamp),
             )
         )
 
@@ -166,15 +142,6 @@ class ResultStore:
             found.reverse()
         return self._records(found, limit)
 
-    def _within(
-        self, since: datetime | float | str | None, until: datetime | float | str | None
-    ) -> Iterator[tuple[str, _Seen]]:
-        after, before = _between(since, until)
-        with self._lock:
-            self._refresh()
-            tasks = list(self._tasks.items())
-        return ((task_id, seen) for task_id, seen in tasks if after <= seen.stamp <= before)
-
     def from_now(self) -> ResultStore:
         """The same files, without what is in them now: for who follows what comes."""
         store = ResultStore(self.path)
@@ -196,12 +163,13 @@ class ResultStore:
         """As :meth:`query`, of files too large to note every task in them."""
         parts = parts_of(self._paths())
         order = Order(newest, MOST if limit is None else min(MOST, 2 * limit + 1000))
-        while limit is None or limit > 0:
-            tasks: dict[str, _Seen] = {}
+        while parts and (limit is None or limit > 0):
+            tasks: dict[str, Seen] = {}
             with mapping(parts) as each:
                 lines = candidates(each, parts, wanted, order)
-                for entry in records_of(each, parts, frozenset(task_id for _, task_id in lines)):
-                    _note(tasks, *entry)
+                for glance, path, offset in records_of(each, parts, frozenset(task_id for _, task_id in lines)):
+                    if (seen := seen_of(glance, path, offset)) is not None:
+                        put(tasks, glance.task_id, seen)
             found = []
             for key, task_id in lines:
                 seen = tasks.get(task_id)
@@ -215,7 +183,7 @@ class ResultStore:
             order = order._replace(behind=lines[-1][0])
 
     @staticmethod
-    def _records(found: list[_Seen], limit: int | None) -> Iterator[Record]:
+    def _records(found: list[Seen], limit: int | None) -> Iterator[Record]:
         given = 0
         with ExitStack() as stack:
             files: dict[Path, BinaryIO] = {}
@@ -230,7 +198,8 @@ class ResultStore:
                         yield record if record.name else structs.replace(record, name=seen.name)
 
     def get_statistics(self) -> dict[str, Any]:
-        """Counts each task once, by its latest state.
+        """Counts each task once, by its latest state. Notes every task, so that a later call reads only what is new; of
+        large journals :meth:`get_breakdown` by ``all`` tells as much in less memory.
 
         Returns:
             ``total_tasks``, ``completed``, ``failed``, ``lost`` (failed because their process died), ``revoked``,
@@ -245,7 +214,10 @@ class ResultStore:
             self._refresh()
             tasks = list(self._tasks.values())
             torn, first, last = self._torn, self._first, self._last
-        return _count(tasks, first, last) | {"torn_lines": torn}
+        (groups,) = counted(tasks, ["all"])
+        total = groups.get("all") or Count()
+        total.first, total.last = first, last
+        return total.figures() | {"torn_lines": torn}
 
     def get_breakdown(
         self,
@@ -262,15 +234,26 @@ class ResultStore:
         Raises:
             ValueError: ``by`` is none of them, or a time makes no sense.
         """
-        if by not in _GROUPS:
-            raise ValueError(f"by must be one of {', '.join(_GROUPS)}, not {by!r}")
-        groups: dict[str, list[_Seen]] = {}
-        for _, seen in self._within(since, until):
-            groups.setdefault(_GROUPS[by](seen), []).append(seen)
-        return {
-            name: _count(tasks, min(seen.stamp for seen in tasks), max(seen.stamp for seen in tasks))
-            for name, tasks in sorted(groups.items())
-        }
+        return self.get_breakdowns([by], since, until)[0]
+
+    def get_breakdowns(
+        self,
+        by: Sequence[str],
+        since: datetime | float | str | None = None,
+        until: datetime | float | str | None = None,
+    ) -> list[dict[str, dict[str, Any]]]:
+        """:meth:`get_breakdown` by each of these, with one look at the files."""
+        for name in by:
+            if name not in GROUPS:
+                raise ValueError(f"by must be one of {', '.join(GROUPS)}, not {name!r}")
+        after, before = _between(since, until)
+        with self._lock:
+            is_large = self._unread() > _LARGE
+            if not is_large:
+                self._refresh()
+                tasks = list(self._tasks.values())
+        found = census(parts_of(self._paths()), by, after, before) if is_large else counted(tasks, by, after, before)
+        return [{name: count.figures() for name, count in sorted(groups.items())} for groups in found]
 
     def _paths(self) -> list[Path]:
         return [self.path] if self._single else Journal.files(self.path)
@@ -297,8 +280,9 @@ class ResultStore:
     def _read_on(self, path: Path, start: int) -> int:
         tally = Tally(end=start)
         for found, offset in read_glances(path, tally, start):
-            stamp = _note(self._tasks, found, path, offset)
-            if stamp is None:
+            if (seen := seen_of(found, path, offset)) is not None:
+                put(self._tasks, found.task_id, seen)
+            if (stamp := seen.stamp if seen else stamp_of(found)) is None:
                 self._torn += 1
             else:
                 self._first = stamp if self._first is None else min(self._first, stamp)
@@ -307,96 +291,9 @@ class ResultStore:
         return tally.end
 
 
-_GROUPS: dict[str, Callable[[_Seen], str]] = {
-    "all": lambda seen: "all",
-    "name": lambda seen: seen.name or "",
-    "worker": lambda seen: seen.worker,
-    "hour": lambda seen: f"{datetime.fromtimestamp(seen.stamp, UTC):%Y-%m-%dT%H:00Z}",
-}
-
-
-def _note(tasks: dict[str, _Seen], record: Glance, path: Path, offset: int) -> float | None:
-    """Has a record count for its task; returns when it was written, or ``None`` if it does not say so."""
-    try:
-        stamp = datetime.fromisoformat(record.timestamp).timestamp()
-    except ValueError:
-        return None
-    if record.superseded or record.chord:
-        return stamp
-    status, old = intern(canonical(record.status)), tasks.get(record.task_id)
-    name = intern(record.name) if record.name else None
-    retried = record.retries > 0 or status == "RETRY"
-    fixed = status == "SUCCESS" and record.key is not None
-    lost = status in _FAILED and record.message.startswith(_LOST)
-    worker, times = intern(record.hostname), (record.runtime, record.queued)
-    new = _Seen(stamp, status, name, *times, path, offset, fixed, retried, worker, lost)
-    if old is not None:
-        # Writers that only know the id (a revoke) leave the name to those that knew it.
-        winner = new if _displaces(new, old) else old
-        new = winner._replace(name=winner.name or new.name or old.name, retried=new.retried or old.retried)
-    tasks[record.task_id] = new
-    return stamp
-
-
-def _fits(wanted: Wanted, task_id: str, seen: _Seen) -> bool:
+def _fits(wanted: Wanted, task_id: str, seen: Seen) -> bool:
     named = wanted.name is None or seen.name is not None
     return named and wanted.fits(task_id, seen.status, seen.name, seen.worker, seen.stamp)
-
-
-def _count(tasks: Sequence[_Seen], first: float | None, last: float | None) -> dict[str, Any]:
-    completed = sum(seen.status == "SUCCESS" for seen in tasks)
-    failed = sum(seen.status in _FAILED for seen in tasks)
-    finished = sum(seen.status in TERMINAL for seen in tasks)
-    pending = sum(seen.status in _PENDING for seen in tasks)
-    span = last - first if first is not None and last is not None else 0.0
-    runtimes = sorted(s.runtime for s in tasks if s.runtime is not None and s.status in TERMINAL)
-    return {
-        "total_tasks": len(tasks),
-        "completed": completed,
-        "failed": failed,
-        "success_rate": 100.0 * completed / (completed + failed) if completed + failed else 0.0,
-        "lost": sum(seen.lost for seen in tasks),
-        "revoked": sum(seen.status == "REVOKED" for seen in tasks),
-        "retried": sum(seen.retried for seen in tasks),
-        "running": len(tasks) - finished - pending,
-        "pending": pending,
-        **_times("runtime", runtimes),
-        **_times("queueing", sorted(s.queued for s in tasks if s.queued is not None)),
-        "first_timestamp": None if first is None else _iso(first),
-        "last_timestamp": None if last is None else _iso(last),
-        "throughput": finished / span if span > 0 else 0.0,
-    }
-
-
-def _times(what: str, ordered: list[float]) -> dict[str, float | None]:
-    return {
-        f"mean_{what}": sum(ordered) / len(ordered) if ordered else None,
-        f"p50_{what}": _percentile(ordered, 0.50),
-        f"p95_{what}": _percentile(ordered, 0.95),
-        f"p99_{what}": _percentile(ordered, 0.99),
-        f"max_{what}": ordered[-1] if ordered else None,
-    }
-
-
-def _displaces(new: _Seen, old: _Seen) -> bool:
-    if old.fixed or new.fixed:
-        return not old.fixed
-    if (old.status in TERMINAL) != (new.status in TERMINAL):
-        return new.status in TERMINAL
-    return new.stamp >= old.stamp
-
-
-def _percentile(ordered: list[float], share: float) -> float | None:
-    if not ordered:
-        return None
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def _iso(epoch: float) -> str:
-    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds")
 
 
 def _epoch(value: datetime | float | str, what: str) -> float:

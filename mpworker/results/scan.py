@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from mpworker.results.glance import Piece, glance_at, glances_of, pieces
 from mpworker.results.reader import Tally
-from mpworker.results.record import Glance, aliases, canonical
+from mpworker.results.record import OPENING_LINE, Glance, aliases, canonical
+from mpworker.results.tasks import iso
 
 #: Lines that fit, kept in one round at most; a second round finds the next ones.
 MOST = 50_000
@@ -29,6 +30,7 @@ MOST = 50_000
 _PART, _MANY = 16 << 20, 64 << 20
 _STRING = rb'"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"'
 _TASK_ID = re.compile(rb'"task_id' + _STRING)
+_TIMESTAMP = re.compile(rb'"timestamp":"([^"]*)"')
 _WILD = re.compile(r"[*?\[]")
 
 #: When, in which file, and where in it: the order in which records are told.
@@ -116,6 +118,8 @@ class Order(NamedTuple):
     most: int
     #: only lines that come after this one
     behind: Key | None = None
+    #: … and none that come after this time, in seconds since the epoch: enough that come before it have been found
+    bound: float | None = None
 
     def first(self, found: list[tuple[Key, str]]) -> list[tuple[Key, str]]:
         return (heapq.nlargest if self.newest else heapq.nsmallest)(self.most, found)
@@ -126,8 +130,11 @@ class Order(NamedTuple):
 
 def candidates(each: Map, parts: list[Part], wanted: Wanted, order: Order) -> list[tuple[Key, str]]:
     """The first lines that fit, each with its task's id."""
-    found: list[tuple[Key, str]] = []
-    for some in each(partial(_fitting, wanted=wanted, order=order), parts):
+    first, *others = reversed(parts) if order.newest else parts
+    found = _fitting(first, wanted, order)
+    if len(found) == order.most:
+        order = order._replace(bound=found[-1][0][0])
+    for some in each(partial(_fitting, wanted=wanted, order=order), others):
         found = order.first(found + some)
     return found
 
@@ -135,7 +142,15 @@ def candidates(each: Map, parts: list[Part], wanted: Wanted, order: Order) -> li
 def _fitting(part: Part, wanted: Wanted, order: Order) -> list[tuple[Key, str]]:
     needle, found = wanted.needle(), []
     for piece in pieces(*part):
-        for glance, offset in glances_of(piece, part.path, Tally()) if needle is None else _hits(piece, part, needle):
+        # A line that somebody else has written may not mention a name at all, and tells its time in its own way.
+        is_ours = (wanted.name is not None or order.bound is not None) and _is_ours(piece)
+        if is_ours and order.bound is not None and _is_beyond(piece, order, order.bound):
+            continue
+        if needle is not None and (is_ours or wanted.name is None):
+            glances = _lines_of(piece, part, needle.finditer(piece.buffer, 0, piece.size))
+        else:
+            glances = glances_of(piece, part.path, Tally())
+        for glance, offset in glances:
             if glance.superseded or glance.chord:
                 continue
             try:
@@ -151,6 +166,20 @@ def _fitting(part: Part, wanted: Wanted, order: Order) -> list[tuple[Key, str]]:
     return order.first(found)
 
 
+def _is_beyond(piece: Piece, order: Order, bound: float) -> bool:
+    """Whether no line of our own is of a time that is looked for. In such lines text sorts as time does."""
+    stamps = _TIMESTAMP.findall(piece.buffer, 0, piece.size)
+    edge = iso(bound).encode()
+    return not stamps or (max(stamps) < edge if order.newest else min(stamps) > edge)
+
+
+def _is_ours(piece: Piece) -> bool:
+    """Whether each line is as :class:`Record` writes it."""
+    buffer, size, _ = piece
+    lines = buffer.count(b"\n", 0, size) + (buffer[size - 1] != 10)
+    return buffer.count(b"\n" + OPENING_LINE, 0, size) + buffer.startswith(OPENING_LINE, 0, size) == lines
+
+
 def records_of(each: Map, parts: list[Part], ids: frozenset[str]) -> Iterator[tuple[Glance, Path, int]]:
     """All records of these tasks, in the order in which they were written."""
     needles = frozenset(json.dumps(task_id)[1:-1].encode() for task_id in ids)
@@ -162,15 +191,11 @@ def _about(part: Part, needles: frozenset[bytes]) -> list[tuple[Glance, Path, in
     found = []
     for piece in pieces(*part):
         matches = (match for match in _TASK_ID.finditer(piece.buffer, 0, piece.size) if match[1] in needles)
-        found += [(glance, part.path, offset) for glance, offset in _lines(piece, part, matches)]
+        found += [(glance, part.path, offset) for glance, offset in _lines_of(piece, part, matches)]
     return found
 
 
-def _hits(piece: Piece, part: Part, needle: re.Pattern[bytes]) -> Iterator[tuple[Glance, int]]:
-    return _lines(piece, part, needle.finditer(piece.buffer, 0, piece.size))
-
-
-def _lines(piece: Piece, part: Part, matches: Iterable[re.Match[bytes]]) -> Iterator[tuple[Glance, int]]:
+def _lines_of(piece: Piece, part: Part, matches: Iterable[re.Match[bytes]]) -> Iterator[tuple[Glance, int]]:
     """The records of the lines in which something has been found, each once."""
     buffer, size, offset = piece
     seen = 0

@@ -189,10 +189,8 @@ def test_only_what_is_new_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
         file.write(b"garbage\n")
     assert store.get_statistics()["total_tasks"] == 20
     read: list[str] = []
-    real = module._note
-    monkeypatch.setattr(
-        module, "_note", lambda tasks, found, *place: read.append(found.task_id) or real(tasks, found, *place)
-    )
+    real = module.seen_of
+    monkeypatch.setattr(module, "seen_of", lambda found, *place: read.append(found.task_id) or real(found, *place))
     store.add_result("new", "completed", "")
     with path.open("ab") as file:
         file.write(celery("half", "SUCCESS", 1).to_line()[:60])
@@ -217,4 +215,4 @@ def test_a_file_that_was_removed_or_replaced_is_forgotten(tmp_path: Path) -> Non
 def test_a_timestamp_that_is_none_is_counted_as_torn(tmp_path: Path) -> None:
     store = store_of(tmp_path, Record(task_id="a", status="SUCCESS", timestamp="noon"))
     assert store.get_statistics()["torn_lines"] == 1
-    assert module._percentile([], 0.5) is None
+    assert store.get_statistics()["p50_runtime"] is None
