@@ -46,11 +46,12 @@ class ResultStore:
     """Results in JSON lines; safe from any number of processes and threads at once.
 
     Args:
-        path: a journal folder, or one ``.jsonl`` file. It is created by the first :meth:`add_result`.
+        path: a journal folder, or one ``.jsonl`` file; ``~`` is the user's home. It is created by the first
+            :meth:`add_result`.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         single = self.path.suffix == SUFFIX or self.path.is_file()
         self._single = single
         self._journal = Journal.single(self.path) if single else Journal(self.path, socket.gethostname())

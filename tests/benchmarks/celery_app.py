@@ -26,3 +26,16 @@ def late():
 @app.task
 def nap(seconds):
     time.sleep(seconds)
+
+
+def trace(count):
+    """Seconds that Celery's own tracing takes for so many naps of 10 ms in this process."""
+    from celery.app.trace import build_tracer
+
+    run = build_tracer(nap.name, nap, app=app)
+    request = {"hostname": "here", "ignore_result": True, "is_eager": False, "delivery_info": {}}
+    run("0", (0.01,), {}, request)
+    begun = time.monotonic()
+    for number in range(count):
+        run(str(number), (0.01,), {}, request)
+    return time.monotonic() - begun

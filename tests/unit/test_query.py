@@ -200,6 +200,12 @@ def test_only_what_is_new_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert read == ["new"]
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store_of(tmp_path / "journal", celery("a", "SUCCESS", 1))
+    assert ResultStore("~/journal").get_statistics()["total_tasks"] == 1
+
+
 def test_a_file_that_was_removed_or_replaced_is_forgotten(tmp_path: Path) -> None:
     store = store_of(tmp_path, *(celery(str(i), "SUCCESS", i) for i in range(5)))
     assert store.get_statistics()["total_tasks"] == 5
