@@ -54,9 +54,16 @@ def read_entries(paths: Iterable[Path], tally: Tally | None = None, *, unshipped
 
 def read_open(file: BinaryIO, path: Path, tally: Tally, start: int = 0, *, unshipped: bool = False) -> Iterator[Entry]:
     """As :func:`read_entries`, of one open file from the start of one of its lines on."""
-    tally.end = offset = start
     file.seek(start)
-    for line in file:
+    yield from read_lines(file, path, tally, start, unshipped=unshipped)
+
+
+def read_lines(
+    lines: Iterable[bytes], path: Path, tally: Tally, start: int, *, unshipped: bool = False
+) -> Iterator[Entry]:
+    """The same of lines that begin there, up to one that has no end."""
+    tally.end = offset = start
+    for line in lines:
         if unshipped and _is_shipped(line):
             tally.end = offset + len(line)
         else:

@@ -18,15 +18,16 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from mpworker.errors import StoreError
 from mpworker.results.glance import pieces
 from mpworker.results.journal import Journal, mark_at_offset
-from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_open
+from mpworker.results.reader import Entry, Tally, read_entries, read_line, read_lines, read_open
 from mpworker.results.record import SHIPPED, SHIPPED_AT, SUPERSEDED, Record, describe, displaces, timestamp_of
 
 #: Delivers records in this order; returns the digit to mark each with. Raises whatever it likes when it cannot.
@@ -101,8 +102,6 @@ class Shipper:
         self.grace, self._part_grace = grace, part_grace
         self._checkpoint = self.folder / f".shipped{f'-{store}' if store else ''}.json"
         self._settled: dict[str, tuple[str, int]] = {}
-        #: how far :meth:`follow` has read each file
-        self._read: dict[str, tuple[str, int]] = {}
         #: what the checkpoint says of it, and which file that is
         self._kept: dict[str, tuple[str, int]] = {}
         self._kept_at: tuple[int, int] | None = None
@@ -173,69 +172,105 @@ class Shipper:
         finally:
             os.close(fd)
 
-    def _run_open(self, fd: int, path: Path, again: bool = False, *, follows: bool = False) -> Pass:
+    def _run_open(self, fd: int, path: Path, again: bool) -> Pass:
         with _locked(fd) as alone:
-            return self._run_locked(fd, path, again, follows) if alone else Pass(0, busy=1)
+            return self._run_locked(fd, path, again) if alone else Pass(0, busy=1)
 
-    def _run_locked(self, fd: int, path: Path, again: bool, follows: bool) -> Pass:
+    def _run_locked(self, fd: int, path: Path, again: bool) -> Pass:
         status = os.fstat(fd)
         identity, end = _identity(fd, status.st_ino), status.st_size
         known, start = self._settled.get(path.name, (identity, 0))
-        if follows and (read := self._read.get(path.name, ("", 0)))[0] == identity:
-            known, start = identity, max(start if known == identity else 0, read[1])
         if known != identity or start > end:  # another file, or cut off: from the beginning
             start = 0
         if start == end:
             return Pass(0)
-        delivered = young = others = bulk = 0
+
+        def settle(offset: int) -> None:
+            self._settled[path.name] = identity, offset
+
         tally = Tally(end=start)
-        batch: list[Entry] = []
         with open(fd, "rb", closefd=False) as file:
-            for entry in read_open(file, path, tally, start, unshipped=not again):
-                record = entry.record
-                if record.superseded or (record.shipped and (record.chord or not again)):
-                    continue
-                if self._store is not None and record.store not in (None, self._store):
-                    others += not record.shipped
-                    continue
-                if not record.shipped and self._is_young(record):
-                    young += 1
-                    if young == 1 and not follows:
-                        self._settled[path.name] = identity, batch[0].offset if batch else entry.offset
-                    continue
-                batch.append(entry)
-                bulk += tally.end - entry.offset
-                if len(batch) >= _MOST or bulk >= _BULK:
-                    delivered += self._ship(fd, batch)
-                    batch, bulk = [], 0
-                    if not young:
-                        self._settled[path.name] = identity, tally.end
+            entries = read_open(file, path, tally, start, unshipped=not again)
+            found = self._ship_all(fd, entries, tally, again, settle)
+        return found if not found.young else found._replace(broken=0)  # they are counted when they are read again
+
+    def _ship_all(
+        self,
+        fd: int,
+        entries: Iterable[Entry],
+        tally: Tally,
+        again: bool = False,
+        settle: Callable[[int], None] = lambda _: None,
+    ) -> Pass:
+        """Delivers in batches what is due of these; says how far all is settled."""
+        delivered = young = others = bulk = 0
+        batch: list[Entry] = []
+        for entry in entries:
+            record = entry.record
+            if record.superseded or (record.shipped and (record.chord or not again)):
+                continue
+            if self._store is not None and record.store not in (None, self._store):
+                others += not record.shipped
+                continue
+            if not record.shipped and self._is_young(record):
+                young += 1
+                if young == 1:
+                    settle(batch[0].offset if batch else entry.offset)
+                continue
+            batch.append(entry)
+            bulk += tally.end - entry.offset
+            if len(batch) >= _MOST or bulk >= _BULK:
+                delivered += self._ship(fd, batch)
+                batch, bulk = [], 0
+                if not young:
+                    settle(tally.end)
         delivered += self._ship(fd, batch)
-        if follows:
-            self._read[path.name] = identity, tally.end
-        elif not young:
-            self._settled[path.name] = identity, tally.end
-        return Pass(delivered, young, others, broken=tally.torn if follows or not young else 0)
+        if not young:
+            settle(tally.end)
+        return Pass(delivered, young, others, broken=tally.torn)
 
     def follow(self, path: Path) -> Pass:
         """Delivers what has been appended to one file since it was read last. Leaves the checkpoint to :meth:`run`, and
-        what is too young now.
+        what is too young now. Somebody waits for it: it does no more than it must.
 
         Raises:
             Refused: as :meth:`run`.
         """
-        found = Pass(0)
+        found, followed = Pass(0), self._followed
         try:
-            if self._followed is not None and not self._followed.leads_to(path):  # another day, or it was removed
-                found = self._run_open(self._followed.fd, self._followed.path, follows=True)
+            end = None if followed is None else followed.size(path)
+            if followed is not None and end is None:  # another day, or it was removed
+                found = self._follow_on(followed, os.fstat(followed.fd).st_size)
                 self.close()
-            if self._followed is None:
-                self._followed = _Followed(path)
-            return _sum(found, self._run_open(self._followed.fd, path, follows=True))
+            if followed is None or end is None:
+                followed = self._followed = _Followed(path, self._start(path))
+                end = os.fstat(followed.fd).st_size
+            return _sum(found, self._follow_on(followed, end))
         except Refused:
             raise
         except OSError:
             return found  # :meth:`run` tells what is wrong with it
+
+    def _follow_on(self, followed: _Followed, end: int) -> Pass:
+        if followed.at > end:  # it was cut off
+            followed.at = 0
+        if followed.at == end:
+            return Pass(0)
+        found, most = Pass(0), _BULK
+        with _locked(followed.fd) as alone:
+            if not alone:
+                return Pass(0, busy=1)
+            while (start := followed.at) < end:
+                text = os.pread(followed.fd, min(end - start, most), start)
+                tally = Tally(end=start)
+                entries = read_lines(BytesIO(text), followed.path, tally, start, unshipped=True)
+                found = _sum(found, self._ship_all(followed.fd, entries, tally))
+                followed.at = tally.end
+                if tally.end == start:
+                    if not text or start + len(text) >= end:
+                        break  # the rest of a line has yet to be written
+                    most *= 2  # a long one
+        return found
 
     def backlog(self) -> tuple[int, float, int]:
         """How many records wait for Redis, when the first of them was written (seconds since the epoch), and how many
@@ -445,16 +480,21 @@ def _open(path: Path) -> int:
 class _Followed:
     """A file that is kept open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, at: int) -> None:
         self.fd = _open(path)
-        self.path, self._text = path, str(path)
+        #: how far it has been read
+        self.path, self.at = path, at
+        status = os.fstat(self.fd)
+        self._text, self._which = str(path), (status.st_dev, status.st_ino)
 
-    def leads_to(self, path: Path) -> bool:
-        """Whether the path still leads to this file."""
+    def size(self, path: Path) -> int | None:
+        """Of this file, if the path still leads to it."""
         try:
-            return path == self.path and os.path.samestat(os.stat(self._text), os.fstat(self.fd))
+            status = os.stat(self._text)
         except FileNotFoundError:
-            return False
+            return None
+        leads_here = self._which == (status.st_dev, status.st_ino) and (path is self.path or path == self.path)
+        return status.st_size if leads_here else None
 
     def close(self) -> None:
         os.close(self.fd)
