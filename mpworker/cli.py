@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong options, 130 after Ctrl-C.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,6 +154,7 @@ def _store(context: click.Context, path: Path | None, cluster: bool, follow: boo
     from mpworker.celery.app import settings_of
     from mpworker.results.query import ResultStore
 
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was made for this goes
     try:
         if cluster:
             if path is not None:
@@ -171,6 +173,8 @@ def _store(context: click.Context, path: Path | None, cluster: bool, follow: boo
         raise WrongOption(str(exc)) from None
     except MPWorkerError as exc:
         raise click.ClickException(str(exc)) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @results.command()

@@ -1,16 +1,24 @@
 """The result backend ``mpworker+sentinel://host:26379;sentinel://other:26379``: behind Sentinel, with the same journal.
 
-Owns nothing of its own: whom to ask for the master is Celery's, all else is :mod:`mpworker.celery.backend`'s.
+Owns how long it waits for a Sentinel that does not answer. Whom to ask for the master is Celery's, all else is
+:mod:`mpworker.celery.backend`'s.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from celery.backends.redis import SentinelBackend
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from mpworker.celery.backend import ResultBackend
 from mpworker.errors import ConfigurationError
+from mpworker.results.record import store_name
+
+#: Seconds that one Sentinel gets: the next one may know it, too.
+_PATIENCE = 1.0
 
 
 class SentinelResultBackend(ResultBackend, SentinelBackend):  # type: ignore[misc]
@@ -27,3 +35,22 @@ class SentinelResultBackend(ResultBackend, SentinelBackend):  # type: ignore[mis
                 "a result backend behind Sentinel needs to know its master: set "
                 'result_backend_transport_options = {"master_name": "..."}'
             )
+
+    @cached_property
+    def store_name(self) -> str:
+        """As there; the same Sentinels may watch other masters as well."""
+        master = self._transport_options["master_name"]
+        return store_name(f"{self.as_uri()} {self.get_key_for_task('-')!r} {master}")
+
+    def _get_sentinel_instance(self, **params: Any) -> Any:
+        """As Celery's, whose Sentinels may take for ever."""
+        connection, options = dict(params), self._transport_options
+        hosts = [(each["host"], each["port"]) for each in connection.pop("hosts")]
+        asking = {
+            "socket_timeout": _PATIENCE,
+            "socket_connect_timeout": _PATIENCE,
+            "retry": Retry(NoBackoff(), 0),
+            **options.get("sentinel_kwargs", {}),
+        }
+        few = options.get("min_other_sentinels", 0)
+        return self.sentinel.Sentinel(hosts, min_other_sentinels=few, sentinel_kwargs=asking, **connection)

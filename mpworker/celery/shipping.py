@@ -16,7 +16,7 @@ import secrets
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -59,6 +59,11 @@ _PATIENCE = 60.0
 #: Seconds between two looks for files that are too old.
 _DISCARD_EVERY = 3600.0
 
+#: Seconds after which one who brings much looks for what is new.
+_SLICE = 0.5
+#: Seconds for which somebody may still be connected to the server that another has taken the place of.
+_WARY = 15.0
+
 _DIGITS = {1: SHIPPED, 2: SHIPPED, HISTORY_REFUSED: SHIPPED, 0: SUPERSEDED}
 #: Seconds after which a start, which says nothing of its time in Redis, is no news where something else is known.
 _LATE = 2.0
@@ -73,8 +78,10 @@ class Delivery:
         self._backend = backend
         self._client = quick_client(backend, _PATIENCE).client()  # with one connection, which is kept
         self._script = self._client.register_script(DELIVER)
-        #: the run of the server that has all that was settled; empty: not known
+        #: the run of the server that all goes to; empty: not known
         self.server = ""
+        #: when it is looked once more whether all has gone there, by ``time.monotonic()``
+        self.recheck_at = 0.0
         #: who is at the other end now has yet to be asked
         self.is_doubtful = True
         self._client.connection.register_connect_callback(self._on_connect)
@@ -86,9 +93,16 @@ class Delivery:
             redis.exceptions.RedisError: Redis is away or refuses; some of them may have been stored.
         """
         self._connect()
-        results = [record for record in records if not record.chord]
+        results = [record for record in records if not record.chord and _is_sendable(record)]
         digits = iter(self._results(results))
-        return [self._own(self._part, record) if record.chord else next(digits) for record in records]
+        return [self._own(self._part, record) if record.chord else self._next(digits, record) for record in records]
+
+    @staticmethod
+    def _next(digits: Iterator[bytes], record: Record) -> bytes:
+        if _is_sendable(record):
+            return next(digits)
+        logger.error("the record of task %r stays in the journal only: Redis takes no such text", record.task_id)
+        return SHIPPED
 
     def _results(self, records: Sequence[Record]) -> list[bytes]:
         if records and self._backend.scripted:
@@ -196,7 +210,7 @@ class Delivery:
         try:
             token = self._client.get(self._mark(folder)) or b""
             return token if isinstance(token, str) else token.decode("ascii", "replace")
-        except redis_errors.ResponseError:  # a key that we may not use
+        except redis_errors.NoPermissionError:
             return None
 
     def give_token(self, folder: str) -> Witness:
@@ -204,13 +218,24 @@ class Delivery:
         token = secrets.token_hex(8)
         try:
             self._client.set(self._mark(folder), token)
-        except redis_errors.ResponseError:
+        except redis_errors.NoPermissionError:
             token = ""
         return Witness(self.server, token)
 
     def _mark(self, folder: str) -> Any:
         """A key that is there for as long as Redis forgets nothing, named as groups are: others may be forbidden."""
         return self._backend.get_key_for_group(f"mpworker-journal-{folder}")
+
+
+def _is_sendable(record: Record) -> bool:
+    """Not if somebody has put half a surrogate pair into a task's id."""
+    try:
+        str(record.key).encode()
+        if isinstance(record.payload, str):
+            record.payload.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_before(done: Any, record: Record) -> bool:
@@ -253,34 +278,44 @@ def _to_live(record: Record) -> int:
     return 0 if math.isinf(left) else max(1, int(left * 1000))
 
 
-def _deliver_all(shipper: Shipper, delivery: Delivery, again: bool = False) -> Pass:
+def _deliver_all(shipper: Shipper, delivery: Delivery, wary: float = 0.0, patience: float = math.inf) -> Pass:
     """What is unshipped; and of the rest what a server has lost that was restarted, or that has taken another's place.
 
     After each delivery the server is given a token, which the checkpoint notes with what was settled by then. One that
     still has it has all of that, and is brought again only what came after it; one that has not, everything. One that
     was there all the time has lost nothing that somebody did not want it to.
+
+    Args:
+        wary: seconds after which another server is brought once more what came after the token: somebody may have gone
+            on for a moment with the one before, and have marked as shipped what went there.
+        patience: as for :meth:`Shipper.run`.
     """
     folder, is_new = shipper.name()
     token = delivery.ask_token(folder) if folder else None
-    is_other = forgotten = False
     if delivery.is_doubtful:
         before, server = delivery.server or shipper.witness.server, delivery.ask_server()
-        is_other = not is_new and (not server or server != before)
-        forgotten = is_other and token is not None and shipper.witness.token not in ("", token)
-    else:
-        server = delivery.server
+        if is_new and folder:  # or it is as old as what is in it, and its checkpoint is lost
+            shipper.doubt(everything=True)
+        elif (before or not is_new) and (not server or server != before):
+            forgotten = token is not None and shipper.witness.token not in ("", token)
+            if forgotten:
+                logger.warning("Redis has lost results; it is brought again what is in the journal")
+            shipper.doubt(everything=forgotten)
+            delivery.recheck_at = time.monotonic() + wary
+        delivery.server = server
+    elif delivery.recheck_at and time.monotonic() >= delivery.recheck_at:
+        delivery.recheck_at = 0.0
+        shipper.doubt(everything=False)
     try:
-        found = shipper.run(again=again or forgotten, doubtful=is_other)
-    except Refused:
+        found = shipper.run(patience)
+    except BaseException:
         delivery.is_doubtful = True
         raise
-    delivery.is_doubtful |= is_other and found.busy > 0
-    if forgotten:
-        logger.warning("Redis has lost results; it has been brought %d", found.delivered)
-    if not delivery.is_doubtful:
-        delivery.server = server
-        known = Witness(server, shipper.witness.token if token is None else token)
-        if folder and (shipper.has_news or shipper.witness != known):
+    if wary == 0.0:
+        delivery.recheck_at = 0.0
+    if folder and not (delivery.is_doubtful or shipper.has_doubts or delivery.recheck_at):
+        known = Witness(delivery.server, shipper.witness.token if token is None else token)
+        if shipper.has_news or shipper.witness != known:
             witness = delivery.give_token(folder)
             if not delivery.is_doubtful:  # it has been the same one all the time
                 shipper.keep(witness)
@@ -306,10 +341,13 @@ def ship(app: Celery, folder: Path, again: bool = False, any_store: bool = False
     try:
         delivery = Delivery(backend)
         shipper = Shipper(folder, delivery, 0.0, part_grace, None if any_store else backend.store_name)
-        found = _deliver_all(shipper, delivery, again)
+        if again:
+            shipper.doubt(everything=True)
+        deliver = shipper.run if any_store else partial(_deliver_all, shipper, delivery)
+        found = deliver()
         while found.busy and time.monotonic() < end:
             time.sleep(_MOMENT)
-            more = _deliver_all(shipper, delivery, again)
+            more = deliver()
             found = more._replace(delivered=found.delivered + more.delivered)
     except (Refused, redis_errors.RedisError) as exc:
         reason = exc if isinstance(exc, Refused) else describe(exc)
@@ -410,12 +448,14 @@ class Shipping:
         self._shipper: Shipper | None = None
         self._discard_at = 0.0
         self._follows = False
+        #: the last look has left something for the next one
+        self._is_cut = False
         self._bell: Bell | None = None
 
     def repeat(self) -> None:
         """Looks about once a second until the node ends, and once more: for nodes where each process writes to Redis
         what it can."""
-        while not self.ends.wait(self._wait):
+        while not self.ends.wait(0.0 if self._is_cut else self._wait):
             self._look(_GRACE)
         self._look(0.0)  # nobody writes any more
 
@@ -446,7 +486,7 @@ class Shipping:
                     time.sleep(_LINGER)
             if time.monotonic() >= look_at:
                 self._look(_GRACE)
-                look_at = time.monotonic() + self._wait
+                look_at = time.monotonic() + (0.0 if self._is_cut else self._wait)
 
     def _look(self, grace: float) -> None:
         if not self._folder.is_dir():  # somebody has removed it; the next record makes it anew
@@ -492,11 +532,13 @@ class Shipping:
         if self._shipper is None:
             self._shipper = Shipper(self._folder, delivery, 0.0, _part_grace(self._app), backend.store_name)
         self._shipper.grace = grace
-        delivered = self._ship(self._shipper, delivery)
+        delivered = self._ship(self._shipper, delivery, _SLICE if grace else math.inf)
         return delivered + (self._took(self._shipper.follow(self._journal.path())) if self._follows else 0)
 
-    def _ship(self, shipper: Shipper, delivery: Delivery) -> int:
-        found = _deliver_all(shipper, delivery)
+    def _ship(self, shipper: Shipper, delivery: Delivery, patience: float) -> int:
+        self._is_cut = False
+        found = _deliver_all(shipper, delivery, _WARY, patience)
+        self._is_cut = found.cut > 0
         if found.problem != self._problem:
             self._problem = found.problem
             if found.problem:

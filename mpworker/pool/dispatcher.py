@@ -566,7 +566,7 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.JobProgressed(crew.worker, job, a, b, body)
     if kind is Kind.CUT:
         return f.JobCut(crew.worker, job, body)
-    if kind is Kind.KEPT:
+    if kind is Kind.KEPT and math.isfinite(a):
         return f.MemoryKept(crew.worker, int(a))
     if kind is Kind.SOFT:
         return f.SoftLimitHit(crew.worker, job, a)

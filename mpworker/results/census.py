@@ -7,6 +7,7 @@ file for each process, and the run times. What counts of a task, :mod:`mpworker.
 
 from __future__ import annotations
 
+import marshal
 import os
 import tempfile
 import zlib
@@ -14,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import msgspec
-
+from mpworker.errors import StoreError
 from mpworker.results.glance import glances_of, pieces
 from mpworker.results.reader import Tally
 from mpworker.results.scan import Map, Part, mapping
@@ -27,8 +27,6 @@ _LENGTH = 8
 
 #: A task's id, and what there is of :class:`Seen` but for its place.
 _Row = tuple[str, float, str, str | None, float | None, float | None, bool, bool, str, bool]
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[_Row]).decode
 _NOWHERE = Path()
 
 
@@ -39,7 +37,17 @@ def census(parts: list[Part], by: Sequence[str], after: float, before: float) ->
         parts: all that is said of the tasks.
         by: keys of :data:`mpworker.results.tasks.GROUPS`; there is an answer for each.
         after, before: seconds since the epoch.
+
+    Raises:
+        StoreError: there is no room for what is written beside.
     """
+    try:
+        return _census(parts, by, after, before)
+    except OSError as exc:
+        raise StoreError(f"cannot sort the journal in {tempfile.gettempdir()}: {exc.strerror or exc}") from exc
+
+
+def _census(parts: list[Part], by: Sequence[str], after: float, before: float) -> list[dict[str, Count]]:
     buckets = max(1, min(_MOST, sum(part.end - part.start for part in parts) // _SHARE))
     totals: list[dict[str, Count]] = [{} for _ in by]
     with tempfile.TemporaryDirectory(prefix="mpworker-") as folder, mapping(parts) as each:
@@ -73,8 +81,8 @@ def _split(part: Part, buckets: int) -> list[bytes]:
             seen = seen_of(glance, _NOWHERE, 0)
             if seen is not None:
                 row = (glance.task_id, *seen[:5], *seen[7:])
-                rows[zlib.crc32(glance.task_id.encode()) % buckets].append(row)
-    return [_encode(some) for some in rows]
+                rows[zlib.crc32(glance.task_id.encode(errors="surrogatepass")) % buckets].append(row)
+    return [marshal.dumps(some) for some in rows]
 
 
 def _count(part: Part, by: Sequence[str], after: float, before: float) -> list[dict[str, Count]]:
@@ -89,4 +97,4 @@ def _count(part: Part, by: Sequence[str], after: float, before: float) -> list[d
 def _rows(path: Path) -> Iterator[list[_Row]]:
     with path.open("rb") as file:
         while length := file.read(_LENGTH):
-            yield _decode(file.read(int.from_bytes(length)))
+            yield marshal.loads(file.read(int.from_bytes(length)))  # nobody else writes into that folder

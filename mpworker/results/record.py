@@ -242,16 +242,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("task_id", "status", "timestamp"):
             if not isinstance(data.get(name), str):
                 raise ValueError(f"a journal line needs {name} as text")
-        mark = data.pop("shipped", 0)
-        values: dict[str, Any] = {"process_id": 0, "hostname": ""} | {name: data[name] for name in _NAMES & data.keys()}
-        if "payload64" in data:
-            values["payload"] = base64.b64decode(data["payload64"])
-        for name in ("runtime", "queued"):
-            if values.get(name) is not None and not isinstance(values[name], int | float):
-                raise ValueError(f"{name} must be a number of seconds")
+        known = {name: value for name, value in data.items() if value is not None}
         for name in ("dead", "chord"):
-            values[name] = values.get(name) is True
-        return cls(**values | _mark(mark))
+            known[name] = known.get(name) is True
+        return msgspec.convert(known, _Line, strict=False).record()
 
     @property
     def when(self) -> float:
@@ -291,17 +285,16 @@ def displaces(new: Record, old: Record) -> bool:
     if old.status == "SUCCESS" or new.status in TERMINAL:
         return old.status != "SUCCESS"
     if old.status in TERMINAL:
-        return new.retries > old.retries or new.when > old.when + _HESITATION
+        if new.retries > old.retries:
+            return True
+        may_be_late = new.status == "RETRY" and new.retries < old.retries
+        return not may_be_late and new.when > old.when + _HESITATION
     return (new.retries, new.status == "RETRY") >= (old.retries, old.status == "RETRY")
 
 
 _MARKS = frozenset({"shipped", "superseded", "in_hand"})
 _NAMES = frozenset(Record.__struct_fields__) - _MARKS
 _READABLE = _NAMES | _MARKS | {"response_data"}
-
-
-def _mark(mark: object) -> dict[str, bool]:
-    return {"shipped": mark not in (0, 3, None, False), "superseded": mark == 2, "in_hand": mark == 3}
 
 
 class Glance(msgspec.Struct, gc=False):

@@ -105,7 +105,7 @@ def mapping(parts: list[Part]) -> Iterator[Map]:
 
         if (size := min(pool_size(), len(parts))) > 1 and not risk_of_forking():
             with ProcessPool(size, start_method="fork") as pool:
-                yield partial(pool.map, chunksize=1)
+                yield partial(pool.map, chunksize=1, buffersize=2 * size)
                 return
     yield map
 

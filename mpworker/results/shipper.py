@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import time
@@ -53,6 +54,7 @@ class Pass(NamedTuple):
         problem: what is wrong with a file, in words; the other files are done all the same.
         broken: lines that are none, and passed over.
         busy: files that another one ships at this moment.
+        cut: files of which there is more than time was given for.
     """
 
     delivered: int
@@ -61,6 +63,7 @@ class Pass(NamedTuple):
     problem: str = ""
     broken: int = 0
     busy: int = 0
+    cut: int = 0
 
 
 class Witness(NamedTuple):
@@ -107,6 +110,10 @@ class Shipper:
         self._kept_at: tuple[int, int] | None = None
         #: … and who stands for it
         self.witness = Witness()
+        #: files of which what is shipped is to be delivered once more
+        self._doubted: set[str] = set()
+        #: when :meth:`run` shall come to an end, by ``time.monotonic()``
+        self._until = math.inf
         self._name = ""
         self._followed: _Followed | None = None
 
@@ -126,29 +133,54 @@ class Shipper:
         self._settled = self._read_checkpoint()  # and the name: it may be another one's, or could not be kept
         return self._name, True
 
-    def run(self, again: bool = False, doubtful: bool = False) -> Pass:
+    def doubt(self, everything: bool) -> None:
+        """From here on :meth:`run` also delivers what had been shipped, each file once: Redis may have lost it.
+
+        Args:
+            everything: and not only what was settled since :meth:`keep`.
+        """
+        self._doubted.clear()
+        self._refresh()
+        self._settled = {} if everything else dict(self._kept)
+        self._doubted = {path.name for path in Journal.files(self.folder)}
+
+    @property
+    def has_doubts(self) -> bool:
+        """Some of that has yet to be delivered."""
+        return bool(self._doubted)
+
+    def run(self, patience: float = math.inf) -> Pass:
         """Delivers what is unshipped now, oldest first.
 
         Args:
-            again: also what had been shipped: Redis has lost it.
-            doubtful: also what has been shipped since :meth:`keep`.
+            patience: seconds after which no further batch is begun; the next run goes on there.
 
         Raises:
             Refused: ``deliver`` has raised something; what it had not delivered is found again by the next run.
         """
         self._refresh()
-        if again or doubtful:
-            self._settled = {} if again else dict(self._kept)
-        found = Pass(0)
-        for path in Journal.files(self.folder):
+        self._until = time.monotonic() + patience
+        try:
+            return self._run()
+        finally:
+            self._until = math.inf
+
+    def _run(self) -> Pass:
+        found, paths = Pass(0), Journal.files(self.folder)
+        self._doubted &= {path.name for path in paths}
+        for path in paths:
             try:
-                found = _sum(found, self._run_file(path, again or doubtful))
+                more = self._run_file(path, path.name in self._doubted)
             except FileNotFoundError:
                 continue  # rotated away meanwhile
             except Refused:
                 raise
             except OSError as exc:
                 found = found._replace(problem=f"cannot read {path}: {exc.strerror or exc}")
+                continue
+            if not (more.busy or more.cut):
+                self._doubted.discard(path.name)
+            found = _sum(found, more)
         return found
 
     @property
@@ -224,6 +256,8 @@ class Shipper:
                 batch, bulk = [], 0
                 if not young:
                     settle(tally.end)
+                if time.monotonic() > self._until:
+                    return Pass(delivered, young, others, broken=tally.torn, cut=1)
         delivered += self._ship(fd, batch)
         if not young:
             settle(tally.end)
@@ -386,7 +420,7 @@ class Shipper:
 
     def _refresh(self) -> None:
         """Takes over what another shipper has settled meanwhile; what this one has is known better than the file."""
-        if (stamp := self._stamp()) != self._kept_at:
+        if not self._doubted and (stamp := self._stamp()) != self._kept_at:
             self._kept_at, self._settled = stamp, self._read_checkpoint()
             self._kept = dict(self._settled)
 
@@ -431,6 +465,7 @@ def _sum(one: Pass, two: Pass) -> Pass:
         one.problem or two.problem,
         one.broken + two.broken,
         one.busy + two.busy,
+        one.cut + two.cut,
     )
 
 

@@ -2,8 +2,9 @@
 
 Owns the question "what is this task's state now", for all who read journals. Knows no files.
 
-A task's state is its latest record by timestamp, with two exceptions: what is not terminal never displaces what is, and
-a SUCCESS that Celery stored is never displaced (Celery's own rule; Redis keeps it too).
+A task's state is its latest record by timestamp, with two exceptions: what is not terminal never displaces what is (in
+Redis it does, if the task has begun anew), and a SUCCESS that Celery stored is never displaced (Celery's own rule;
+Redis keeps it too).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ def family() -> Iterator[tuple[Sentinel, RedisServer, RedisServer]]:
 
 
 def test_a_failover_costs_no_result(tmp_path: Path) -> None:
-    with Server() as broker, family() as (sentinel, master, replica):
+    """Nor does a Sentinel that does not answer, while another one does."""
+    with Server() as broker, family() as (sentinel, master, replica), socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"sentinel://127.0.0.1:{sentinel.port}/0"
         options = {"result_backend_transport_options": {"master_name": MASTER}}
-        env = {"SHOP_BROKER": broker.broker, "SHOP_RESULTS": url}
+        env = {"SHOP_BROKER": broker.broker, "SHOP_RESULTS": f"sentinel://127.0.0.1:{deaf.getsockname()[1]}/0;{url}"}
         with Node(tmp_path / "node", "-c", "2", env=env, config=options) as node:
             with client_behind(broker, url, options) as client:
                 add = client.signature("shop.tasks.add").clone

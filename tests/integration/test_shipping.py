@@ -19,6 +19,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+import redis
 from celery import Celery, signals
 from integration.node import PROJECTS, Server, eventually
 
@@ -29,7 +30,7 @@ from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results.bell import Bell
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
-from mpworker.results.shipper import Pass, Witness
+from mpworker.results.shipper import Pass, Shipper, Witness
 from mpworker.settings import Settings
 
 CLASS = "mpworker.celery.backend:ResultBackend"
@@ -205,6 +206,12 @@ def test_a_user_who_may_use_the_keys_of_results_only(server: Server, app: Celery
     deliver = limited(server, app, "resetkeys", "~celery-*")
     assert deliver.ask_token("f") == ""
     assert deliver.give_token("f").token == deliver.ask_token("f") != ""
+    server.client().config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.ResponseError, match="maxmemory"):  # it may well take it later
+            deliver.give_token("f")
+    finally:
+        server.client().config_set("maxmemory", 0)
     deliver = limited(server, app, "resetkeys", "~other-*", "-info")
     assert deliver.give_token("f") == Witness("", "")
     assert deliver.ask_token("f") is None
@@ -356,6 +363,50 @@ def test_a_loss_that_nobody_saw_is_noticed_later(tmp_path: Path) -> None:
             assert shipping.ship(app, tmp_path) == Pass(0)
         finally:
             close(app)
+
+
+def test_without_a_checkpoint_nothing_is_taken_for_granted(tmp_path: Path) -> None:
+    with Server() as server:
+        app = app_of(server)
+        try:
+            leave(tmp_path, task_id="a")
+            assert shipping.ship(app, tmp_path) == Pass(1)
+            for path in tmp_path.glob(".shipped*"):
+                path.unlink()
+            server.client().flushall()
+            assert shipping.ship(app, tmp_path) == Pass(1)
+            assert held(server, "a") == "SUCCESS"
+        finally:
+            close(app)
+
+
+def test_what_somebody_brought_to_the_server_of_before_is_brought_to_this_one(tmp_path: Path) -> None:
+    with Server() as server:
+        app = app_of(server)
+        try:
+            delivery = Delivery(app.backend)
+            shipper = Shipper(tmp_path, delivery, store=app.backend.store_name)
+            leave(tmp_path, task_id="a")
+            assert shipping._deliver_all(shipper, delivery, 60.0) == Pass(1)
+            server.kill()
+            server.start()
+            before = checkpoint(tmp_path)
+            assert shipping._deliver_all(shipper, delivery, 60.0) == Pass(0)
+            leave(tmp_path, task_id="b", shipped=True)  # there, by one who had not noticed
+            assert shipping._deliver_all(shipper, delivery, 60.0) == Pass(0)
+            assert checkpoint(tmp_path) == before
+            delivery.recheck_at = time.monotonic()
+            assert shipping._deliver_all(shipper, delivery, 60.0) == Pass(1)
+            assert held(server, "b") == "SUCCESS"
+            assert checkpoint(tmp_path) != before
+        finally:
+            close(app)
+
+
+def test_an_id_that_no_server_takes_is_in_nobodys_way(server: Server, deliver: Delivery) -> None:
+    records = [record("SUCCESS", task_id=name) for name in ("bad\udce9", "good")]
+    assert deliver(records) == [SHIPPED, SHIPPED]
+    assert held(server, "good") == "SUCCESS"
 
 
 def test_a_redis_that_somebody_has_flushed_stays_flushed(server: Server, folder: Path) -> None:

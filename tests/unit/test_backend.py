@@ -533,6 +533,10 @@ def test_behind_sentinel(journal: Journal) -> None:
     assert backend.as_uri(include_password=True) == f"mpworker+{url}"
     assert backend.quick_client.connection_pool.connection_kwargs["socket_timeout"] == module.REDIS_TIMEOUT
     assert backend.quick_client.connection_pool.service_name == "m"
+    other = Celery("t", backend=f"mpworker+{url}", set_as_current=False)
+    other.loader.override_backends = app.loader.override_backends
+    other.conf.result_backend_transport_options = {"master_name": "n"}
+    assert other.backend.store_name != backend.store_name
 
 
 def test_a_backend_survives_pickling(journal: Journal) -> None:

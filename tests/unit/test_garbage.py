@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import support
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mpworker.pool import dispatcher as dispatchers
@@ -147,6 +147,7 @@ def stage() -> Iterator[Stage]:
     stage.close()
 
 
+@example(encode(Kind.KEPT, 0, 0, float("inf")), [])
 @given(GARBAGE, st.lists(st.integers(1, 150), max_size=5))
 def test_a_worker_that_says_anything_harms_only_its_own_task(garbage: bytes, cuts: list[int]) -> None:
     stage = Stage()

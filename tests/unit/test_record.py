@@ -251,6 +251,7 @@ def test_a_glance_sees_what_a_reader_reads(values: dict[str, object]) -> None:
         (("FAILURE", 0), ("RETRY", 0), 0.5, False),
         (("FAILURE", 0), ("STARTED", 1), 0.5, True),
         (("FAILURE", 0), ("STARTED", 0), 60, True),
+        (("FAILURE", 1), ("RETRY", 0), 60, False),
         (("STARTED", 0), ("RETRY", 0), 0, True),
         (("RETRY", 0), ("STARTED", 0), 0, False),
         (("RETRY", 0), ("STARTED", 1), 0, True),
@@ -267,8 +268,16 @@ def test_what_is_true_now(old: tuple[str, int], new: tuple[str, int], later: flo
 
 
 def test_of_a_line_that_does_not_say_it_nobody_claims_to_be_the_writer() -> None:
-    read = Record.from_line(b'{"task_id": "a", "status": "SUCCESS", "timestamp": "x", "retries": "none"}')
-    assert (read.process_id, read.hostname) == (0, "")
+    read = Record.from_line(b'{"task_id": "a", "status": "SUCCESS", "timestamp": "x", "retries": "1"}')
+    assert (read.process_id, read.hostname, read.retries) == (0, "", 1)
+
+
+@pytest.mark.parametrize(
+    "more", ['"retries": []', '"hostname": 5', '"name": {}', '"expires": "soon"', '"runtime": "long"']
+)
+def test_a_line_with_values_of_another_kind_is_none(more: str) -> None:
+    with pytest.raises(ValueError, match=r"Expected|number|Invalid"):
+        Record.from_line(b'{"task_id": "a", "status": "SUCCESS", "timestamp": "x", %b}' % more.encode())
 
 
 def test_a_glance_at_what_is_broken_is_a_readers() -> None:

@@ -16,6 +16,7 @@ import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpworker.errors import StoreError
 from mpworker.results import census, glance, query, scan
 from mpworker.results.query import ResultStore
 from mpworker.results.record import Record
@@ -24,7 +25,7 @@ from mpworker.results.tasks import GROUPS
 START = datetime(2026, 5, 1, tzinfo=UTC)
 STATES = ["SUCCESS", "FAILURE", "failed", "Error ", "in progress", "RETRY", "STARTED", "REVOKED", "tired"]
 NAMES = [None, "proj.add", "proj.mul", 'a "b"', "größe", "other"]
-IDS = ["a", "b", "c", 'd"\\', "é", "a*"]
+IDS = ["a", "b", "c", 'd"\\', "é", "a*", "caf\udce9"]
 
 LINES = st.builds(
     lambda second, flags, **values: Record(
@@ -118,6 +119,17 @@ def test_the_same_is_counted(files: list[list[bytes]], times: tuple[Any, Any], s
     for groups, others in zip(counted, noted, strict=True):
         for name, figures in groups.items():  # a mean is the sum of what comes in any order
             assert figures == {key: pytest.approx(value) for key, value in others[name].items()}
+
+
+def test_no_room_to_count_is_said(tmp_path: Path) -> None:
+    ResultStore(tmp_path / "a.jsonl").add_result("a", "failed", "")
+    full = OSError(28, "No space left on device")
+    with (
+        searching(9, 100, 100),
+        mock.patch.object(census.tempfile, "TemporaryDirectory", side_effect=full),
+        pytest.raises(StoreError, match=r"cannot sort the journal in .*: No space left on device"),
+    ):
+        ResultStore(tmp_path / "a.jsonl").get_breakdown("all")
 
 
 def test_a_task_is_found_by_the_name_that_is_shown(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 from mpworker.results import shipper as module
 from mpworker.results.journal import Journal
 from mpworker.results.query import ResultStore
-from mpworker.results.reader import read_open
+from mpworker.results.reader import read_lines, read_open
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record, timestamp_now
 from mpworker.results.shipper import Pass, Refused, Shipper, Witness
 
@@ -113,7 +114,9 @@ def test_of_two_successes_one_counts_whichever_redis_holds(tmp_path: Path) -> No
     redis.digit = SUPERSEDED  # it holds the second one
     put(tmp_path, "a")
     put(tmp_path, "a", shipped=True)
-    Shipper(tmp_path, redis).run(again=True)
+    shipper = Shipper(tmp_path, redis)
+    shipper.doubt(everything=True)
+    shipper.run()
     assert digits(tmp_path) == [2, 1]
     assert ResultStore(tmp_path).get_statistics()["completed"] == 1
 
@@ -278,7 +281,10 @@ def test_again_is_everything_that_was_not_superseded(tmp_path: Path) -> None:
     put(tmp_path, "c", "STARTED")
     put(tmp_path, "d", "FAILURE", key=None, chord=True, shipped=True)
     shipper = Shipper(tmp_path, redis)
-    assert shipper.run(again=True) == Pass(4, 0)
+    shipper.doubt(everything=True)
+    assert shipper.has_doubts
+    assert shipper.run() == Pass(4, 0)
+    assert not shipper.has_doubts
     assert redis.got == [("a", "SUCCESS"), ("b", "FAILURE"), ("c", "STARTED")]
     assert shipper.run() == Pass(0, 0)
 
@@ -294,14 +300,63 @@ def test_what_came_after_the_checkpoint_is_doubtful(tmp_path: Path) -> None:
     assert shipper.has_news
     assert shipper.witness == Witness("here", "t")
     redis.got.clear()
-    assert shipper.run(doubtful=True) == Pass(2)
+    shipper.doubt(everything=False)
+    assert shipper.run() == Pass(2)
     assert redis.got == [("b", "SUCCESS"), ("c", "SUCCESS")]
     shipper.keep(Witness("there", "u"))
     assert not shipper.has_news
-    assert shipper.run(doubtful=True) == Pass(0)
+    shipper.doubt(everything=False)
+    assert shipper.run() == Pass(0)
     other = Shipper(tmp_path, redis)
     other.name()
     assert other.witness == Witness("there", "u")
+
+
+def test_what_is_doubted_is_delivered_once_file_by_file(tmp_path: Path) -> None:
+    redis = Redis()
+    for node in ("one", "two"):
+        put(tmp_path, node, node=node)
+    shipper = Shipper(tmp_path, redis)
+    shipper.run()
+    shipper.doubt(everything=True)
+    redis.got.clear()
+    with Journal.files(tmp_path)[1].open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert shipper.run() == Pass(1, busy=1)
+        assert shipper.has_doubts
+        assert shipper.run() == Pass(0, busy=1)
+    assert shipper.run() == Pass(1)
+    assert not shipper.has_doubts
+    assert redis.got == [("one", "SUCCESS"), ("two", "SUCCESS")]
+
+
+def test_what_is_doubted_outlives_an_outage(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    shipper = Shipper(tmp_path, redis)
+    shipper.run()
+    shipper.doubt(everything=True)
+    redis.refuses = True
+    with pytest.raises(Refused):
+        shipper.run()
+    redis.refuses = False
+    redis.got.clear()
+    assert shipper.run() == Pass(1)
+    assert redis.got == [("a", "SUCCESS")]
+
+
+def test_much_is_delivered_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis = Redis()
+    monkeypatch.setattr(module, "_MOST", 2)
+    for name in "abcde":
+        put(tmp_path, name)
+    shipper = Shipper(tmp_path, redis)
+    shipper.run()
+    shipper.doubt(everything=True)
+    redis.got.clear()
+    assert [shipper.run(patience=-1.0) for _ in range(3)] == [Pass(2, cut=1), Pass(2, cut=1), Pass(1)]
+    assert not shipper.has_doubts
+    assert [name for name, _ in redis.got] == list("abcde")
 
 
 def test_a_folder_keeps_its_name(tmp_path: Path) -> None:
@@ -407,11 +462,11 @@ def test_who_follows_leaves_what_is_young_behind(tmp_path: Path, monkeypatch: py
     redis, starts = Redis(), []
     shipper = Shipper(tmp_path, redis, part_grace=60.0, grace=60.0)
 
-    def watched(file: Any, path: Any, tally: Any, start: int, **options: Any) -> Any:
+    def watched(lines: Any, path: Any, tally: Any, start: int, **options: Any) -> Any:
         starts.append(start)
-        return read_open(file, path, tally, start, **options)
+        return read_lines(lines, path, tally, start, **options)
 
-    monkeypatch.setattr(module, "read_open", watched)
+    monkeypatch.setattr(module, "read_lines", watched)
     put(tmp_path, "part", chord=True)
     (file,) = Journal.files(tmp_path)
     ends = [file.stat().st_size]
