@@ -62,6 +62,9 @@ _STOPPED = 1.0
 _LISTEN = 0.25
 #: Seconds between two looks at the deadlines while there is much to do.
 _LOOK_PAUSE = 0.005
+#: Seconds for which the start of a job waits to be told together with its end. Whoever asks meanwhile is told at once,
+#: and should this process die, it stands in the worker's page.
+_SHORT = 0.001
 #: Objects made before the garbage collector looks: here next to nothing forms cycles, and a queue is long to search.
 _GC_THRESHOLD = 100_000
 # The members that the loop looks for most often: reading one from its enum takes longer than comparing it.
@@ -118,6 +121,7 @@ class Dispatcher:
         self._serves = bool(options["service"])
         self._touched: set[int] = set()
         self._starts: dict[int, Frame] = {}  # of jobs, not told to the parent yet
+        self._starts_due = inf
         self._listen_until = inf
         self._looked, self._look_at = True, -inf  # at the deadlines
         self._child_exited = False
@@ -188,9 +192,9 @@ class Dispatcher:
 
     def _patience(self) -> float:
         if not self._looked:  # the deadlines may be others by now
-            return max(0.0, self._look_at - time.monotonic())
+            return max(0.0, min(self._look_at, self._starts_due) - time.monotonic())
         deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
-        deadline = min(deadline, self._nursery.deadline, self._service.deadline)
+        deadline = min(deadline, self._nursery.deadline, self._service.deadline, self._starts_due)
         if self._ledger.quota.watched:
             deadline = min(deadline, self._sampler.due)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
@@ -206,7 +210,7 @@ class Dispatcher:
             actions[type(action)](action)
 
     def _flush(self) -> None:
-        if self._starts:
+        if self._starts and time.monotonic() >= self._starts_due:
             self._tell_starts()
         if self._parent.outbox:
             self._parent.flush()
@@ -296,8 +300,12 @@ class Dispatcher:
         frame = action.frame
         kind, job, flag, a, b, _, body = frame
         if kind is _STARTED:
+            if not self._starts:
+                self._starts_due = time.monotonic() + _SHORT
             self._starts[job] = frame
         elif kind is _DONE and (start := self._starts.pop(job, None)) is not None:  # both in one frame
+            if not self._starts:
+                self._starts_due = inf
             self._parent.put(Frame(kind, job, flag, a, b, pack_start(start.a, start.b), body))
         else:
             self._tell_starts()
@@ -307,6 +315,7 @@ class Dispatcher:
         for frame in self._starts.values():
             self._parent.put(frame)
         self._starts.clear()
+        self._starts_due = inf
 
     def log(self, level: int, text: str) -> None:
         """Has the parent log a line."""
@@ -315,6 +324,7 @@ class Dispatcher:
     def _say_goodbye(self) -> None:
         self._parent.sock.setblocking(True)
         self._parent.sock.settimeout(5.0)
+        self._tell_starts()
         with contextlib.suppress(OSError):
             self._parent.outbox.flush(self._parent.send, self._parent.send)
             while self._parent.outbox.unconfirmed and self._parent.open and not self._orphaned:

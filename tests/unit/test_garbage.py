@@ -24,7 +24,7 @@ from mpworker.pool import fleet as fleets
 from mpworker.pool import page as pages
 from mpworker.pool.bulk import LARGE, Bulk
 from mpworker.pool.fleet import Crew, Exit
-from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, carrying, encode, header
+from mpworker.pool.frames import Frame, FrameReader, Kind, Outbox, carry, carrying, encode, header, unpack_start
 from mpworker.pool.futures import Results, TaskFuture
 from mpworker.pool.handle import Handle, PoolOptions
 from mpworker.pool.jobs import Lane
@@ -111,16 +111,22 @@ class Stage:
             self.has[worker] = frame.job
             self.say(worker, encode(Kind.STARTED, frame.job, a=1.0))
 
-    def turn(self) -> list[Frame]:
-        """One turn of the loop; what the parent gets of it."""
+    def turn(self, late: bool = True) -> list[Frame]:
+        """One turn of the loop; what the parent gets of it.
+
+        Args:
+            late: the turn takes so long that no start waits for its end.
+        """
         for key, mask in self.it._selector.select(0):
             key.data.handle(mask)
+        if late:
+            self.it._starts_due = -inf
         self.it._flush()
         return self.heard.feed(self.heard.receive(self.parent) or b"")
 
-    def say(self, worker: int, data: bytes) -> list[Frame]:
+    def say(self, worker: int, data: bytes, late: bool = True) -> list[Frame]:
         self.fleet.theirs[worker].sendall(data)
-        return self.turn()
+        return self.turn(late)
 
     def say_large(self, worker: int, frame: Frame) -> list[Frame]:
         box = Outbox()
@@ -366,6 +372,29 @@ def test_a_large_result_for_which_the_parent_has_no_room_comes_again_in_bytes(st
         told = stage.turn()
     assert [(frame.job, type(frame.body)) for frame in told] == [(stage.has[0], bytes)]
     assert told[0].body == frames[0].body.read()  # type: ignore[attr-defined]
+
+
+def test_a_start_waits_a_moment_for_the_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatchers, "_SHORT", 3600.0)
+
+    def has_started(job: int) -> list[Frame]:
+        stage.ask(encode(Kind.SUBMIT, job, body=pack_call(support.give, (job,), {})))
+        return stage.say(0, encode(Kind.STARTED, job, a=1.0), late=False)
+
+    stage.say(0, encode(Kind.DONE, stage.has[0], body=pack(1, "it")))
+    assert has_started(3) == []
+    assert stage.it._starts_due < inf
+    (frame,) = stage.say(0, encode(Kind.DONE, 3, body=pack(1, "it")), late=False)
+    start = unpack_start(frame)
+    assert start is not None
+    assert (frame.kind, frame.job, start.kind, start.a) == (Kind.DONE, 3, Kind.STARTED, 1.0)
+    assert stage.it._starts_due == inf
+    assert has_started(4) == []
+    assert [(frame.kind, frame.job) for frame in stage.turn()] == [(Kind.STARTED, 4)]
+    stage.say(0, encode(Kind.DONE, 4, body=pack(1, "it")))
+    assert has_started(5) == []
+    stage.parent.sendall(encode(Kind.FLUSH, 9))  # what is told then has to be true
+    assert [frame.kind for frame in stage.turn(late=False)] == [Kind.STARTED, Kind.FLUSHED]
 
 
 def test_a_dispatcher_that_is_done_waits_until_the_parent_has_got_everything(stage: Stage) -> None:
