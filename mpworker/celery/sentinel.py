@@ -42,15 +42,13 @@ class SentinelResultBackend(ResultBackend, SentinelBackend):  # type: ignore[mis
         master = self._transport_options["master_name"]
         return store_name(f"{self.as_uri()} {self.get_key_for_task('-')!r} {master}")
 
-    def _get_sentinel_instance(self, **params: Any) -> Any:
-        """As Celery's, whose Sentinels may take for ever."""
-        connection, options = dict(params), self._transport_options
-        hosts = [(each["host"], each["port"]) for each in connection.pop("hosts")]
+    @cached_property
+    def _transport_options(self) -> dict[str, Any]:
+        """As configured; where nothing is, a Sentinel would have for ever."""
+        options = dict(self.app.conf.get("result_backend_transport_options") or {})
         asking = {
             "socket_timeout": _PATIENCE,
             "socket_connect_timeout": _PATIENCE,
             "retry": Retry(NoBackoff(), 0),
-            **options.get("sentinel_kwargs", {}),
         }
-        few = options.get("min_other_sentinels", 0)
-        return self.sentinel.Sentinel(hosts, min_other_sentinels=few, sentinel_kwargs=asking, **connection)
+        return options | {"sentinel_kwargs": asking | options.get("sentinel_kwargs", {})}

@@ -303,7 +303,7 @@ def _deliver_all(shipper: Shipper, delivery: Delivery, wary: float = 0.0, patien
             shipper.doubt(everything=forgotten)
             delivery.recheck_at = time.monotonic() + wary
         delivery.server = server
-    elif delivery.recheck_at and time.monotonic() >= delivery.recheck_at:
+    elif delivery.recheck_at and time.monotonic() >= delivery.recheck_at and not shipper.has_doubts:
         delivery.recheck_at = 0.0
         shipper.doubt(everything=False)
     try:

@@ -112,6 +112,7 @@ class Shipper:
         self.witness = Witness()
         #: files of which what is shipped is to be delivered once more
         self._doubted: set[str] = set()
+        self._everything = False
         #: when :meth:`run` shall come to an end, by ``time.monotonic()``
         self._until = math.inf
         self._name = ""
@@ -137,8 +138,9 @@ class Shipper:
         """From here on :meth:`run` also delivers what had been shipped, each file once: Redis may have lost it.
 
         Args:
-            everything: and not only what was settled since :meth:`keep`.
+            everything: and not only what was settled since :meth:`keep`. Who doubts that already goes on to.
         """
+        everything = self._everything = everything or (self._everything and self.has_doubts)
         self._doubted.clear()
         self._refresh()
         self._settled = {} if everything else dict(self._kept)

@@ -28,6 +28,7 @@ from mpworker.celery import shipping
 from mpworker.celery.backend import ResultBackend
 from mpworker.celery.shipping import Delivery, Shipping
 from mpworker.errors import ConfigurationError, StoreError
+from mpworker.results import shipper as shippers
 from mpworker.results.bell import Bell
 from mpworker.results.journal import Journal
 from mpworker.results.record import SHIPPED, SUPERSEDED, Record
@@ -67,6 +68,28 @@ def deliver(app: Celery, request: pytest.FixtureRequest) -> Delivery:
     assert isinstance(app.backend, ResultBackend)
     app.backend.scripted = request.param
     return Delivery(app.backend)
+
+
+@contextmanager
+def fresh() -> Iterator[tuple[Server, Celery]]:
+    """A server of its own, which may be killed, and an app that keeps its results there."""
+    with Server() as server:
+        app = app_of(server)
+        try:
+            yield server, app
+        finally:
+            close(app)
+
+
+@contextmanager
+def shipping_in(app: Celery, folder: Path) -> Iterator[None]:
+    """A node's shipper runs, as far as Celery's signals tell it."""
+    shipping.start_with(app, Settings(journal=folder), "n")
+    signals.worker_ready.send(sender=Sender(app))
+    try:
+        yield
+    finally:
+        signals.worker_shutdown.send(sender=Sender(app))
 
 
 def limited(server: Server, app: Celery, *rules: str) -> Delivery:
@@ -242,10 +265,8 @@ def folder(app: Celery, tmp_path: Path) -> Iterator[Path]:
     """The journal of a node whose shipper runs, as far as Celery's signals tell it."""
     folder = tmp_path / "journal"
     folder.mkdir(mode=0o700)
-    shipping.start_with(app, Settings(journal=folder), "n")
-    signals.worker_ready.send(sender=Sender(app))
-    yield folder
-    signals.worker_shutdown.send(sender=Sender(app))
+    with shipping_in(app, folder):
+        yield folder
 
 
 def leave(folder: Path, **fields: Any) -> None:
@@ -308,20 +329,13 @@ def test_a_redis_that_refuses_for_a_while(
 
 
 def test_a_redis_that_comes_back_empty_is_brought_everything_again(tmp_path: Path) -> None:
-    with Server() as server:
-        app = app_of(server)
-        shipping.start_with(app, Settings(journal=tmp_path), "n")
-        signals.worker_ready.send(sender=Sender(app))
-        try:
-            leave(tmp_path)
-            eventually(lambda: held(server) == "SUCCESS" and server.client().keys("*mpworker-journal-*"))
-            server.kill()
-            server.forget()
-            server.start()
-            eventually(lambda: held(server) == "SUCCESS")
-        finally:
-            signals.worker_shutdown.send(sender=Sender(app))
-            close(app)
+    with fresh() as (server, app), shipping_in(app, tmp_path):
+        leave(tmp_path)
+        eventually(lambda: held(server) == "SUCCESS" and server.client().keys("*mpworker-journal-*"))
+        server.kill()
+        server.forget()
+        server.start()
+        eventually(lambda: held(server) == "SUCCESS")
 
 
 class Past:
@@ -346,90 +360,96 @@ def checkpoint(folder: Path) -> bytes:
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_redis_that_goes_back_in_time_is_brought_what_it_lost(tmp_path: Path, more: int) -> None:
     """Also what it was brought a moment ago, so that nobody has noted that it is there."""
-    with Server() as server:
-        app = app_of(server)
-        shipping.start_with(app, Settings(journal=tmp_path), "n")
-        signals.worker_ready.send(sender=Sender(app))
-        try:
-            for name in "abcd"[: 3 + more]:
-                if name == "b":
-                    back_to_then = Past(server)
-                before = checkpoint(tmp_path)
-                leave(tmp_path, task_id=name)
-                eventually(lambda name=name: held(server, name) == "SUCCESS")
-                if name != "d":
-                    eventually(lambda before=before: checkpoint(tmp_path) != before, what="it is noted")
-            back_to_then()
-            assert held(server, "b") is None
-            eventually(lambda: {held(server, name) for name in "abcd"[: 3 + more]} == {"SUCCESS"})
-        finally:
-            signals.worker_shutdown.send(sender=Sender(app))
-            close(app)
+    with fresh() as (server, app), shipping_in(app, tmp_path):
+        for name in "abcd"[: 3 + more]:
+            if name == "b":
+                back_to_then = Past(server)
+            before = checkpoint(tmp_path)
+            leave(tmp_path, task_id=name)
+            eventually(lambda name=name: held(server, name) == "SUCCESS")
+            if name != "d":
+                eventually(lambda before=before: checkpoint(tmp_path) != before, what="it is noted")
+        back_to_then()
+        assert held(server, "b") is None
+        eventually(lambda: {held(server, name) for name in "abcd"[: 3 + more]} == {"SUCCESS"})
 
 
 def test_a_loss_that_nobody_saw_is_noticed_later(tmp_path: Path) -> None:
-    with Server() as server:
-        app = app_of(server)
-        try:
-            leave(tmp_path, task_id="a")
-            assert shipping.ship(app, tmp_path) == Pass(1)
-            back_to_then = Past(server)
-            leave(tmp_path, task_id="b")
-            assert shipping.ship(app, tmp_path) == Pass(1)
-            assert shipping.ship(app, tmp_path) == Pass(0)
-            back_to_then()
-            assert shipping.ship(app, tmp_path) == Pass(2)
-            assert held(server, "b") == "SUCCESS"
-            server.kill()
-            server.start()
-            assert shipping.ship(app, tmp_path) == Pass(0)
-        finally:
-            close(app)
+    with fresh() as (server, app):
+        leave(tmp_path, task_id="a")
+        assert shipping.ship(app, tmp_path) == Pass(1)
+        back_to_then = Past(server)
+        leave(tmp_path, task_id="b")
+        assert shipping.ship(app, tmp_path) == Pass(1)
+        assert shipping.ship(app, tmp_path) == Pass(0)
+        back_to_then()
+        assert shipping.ship(app, tmp_path) == Pass(2)
+        assert held(server, "b") == "SUCCESS"
+        server.kill()
+        server.start()
+        assert shipping.ship(app, tmp_path) == Pass(0)
 
 
 def test_without_a_checkpoint_nothing_is_taken_for_granted(tmp_path: Path) -> None:
-    with Server() as server:
-        app = app_of(server)
-        try:
-            leave(tmp_path, task_id="a")
-            assert shipping.ship(app, tmp_path) == Pass(1)
-            for path in tmp_path.glob(".shipped*"):
-                path.unlink()
-            server.client().flushall()
-            assert shipping.ship(app, tmp_path) == Pass(1)
-            assert held(server, "a") == "SUCCESS"
-        finally:
-            close(app)
+    with fresh() as (server, app):
+        leave(tmp_path, task_id="a")
+        assert shipping.ship(app, tmp_path) == Pass(1)
+        for path in tmp_path.glob(".shipped*"):
+            path.unlink()
+        server.client().flushall()
+        assert shipping.ship(app, tmp_path) == Pass(1)
+        assert held(server, "a") == "SUCCESS"
 
 
 def test_what_somebody_brought_to_the_server_of_before_is_brought_to_this_one(tmp_path: Path) -> None:
-    with Server() as server:
-        app = app_of(server)
-        try:
-            delivery = Delivery(app.backend)
-            shipper = Shipper(tmp_path, delivery, store=app.backend.store_name)
+    with fresh() as (server, app):
+        delivery = Delivery(app.backend)
+        shipper = Shipper(tmp_path, delivery, store=app.backend.store_name)
 
-            def look() -> Pass:
-                try:
-                    return shipping._deliver_all(shipper, delivery, 60.0)
-                except redis.ConnectionError:  # of the server that was killed: older clients do not try again
-                    return shipping._deliver_all(shipper, delivery, 60.0)
+        def look() -> Pass:
+            try:
+                return shipping._deliver_all(shipper, delivery, 60.0)
+            except redis.ConnectionError:  # of the server that was killed: older clients do not try again
+                return shipping._deliver_all(shipper, delivery, 60.0)
 
-            leave(tmp_path, task_id="a")
-            assert look() == Pass(1)
-            server.kill()
-            server.start()
-            before = checkpoint(tmp_path)
-            assert look() == Pass(0)
-            leave(tmp_path, task_id="b", shipped=True)  # there, by one who had not noticed
-            assert look() == Pass(0)
-            assert checkpoint(tmp_path) == before
+        leave(tmp_path, task_id="a")
+        assert look() == Pass(1)
+        server.kill()
+        server.start()
+        before = checkpoint(tmp_path)
+        assert look() == Pass(0)
+        leave(tmp_path, task_id="b", shipped=True)  # there, by one who had not noticed
+        assert look() == Pass(0)
+        assert checkpoint(tmp_path) == before
+        delivery.recheck_at = time.monotonic()
+        assert look() == Pass(1)
+        assert held(server, "b") == "SUCCESS"
+        assert checkpoint(tmp_path) != before
+
+
+def test_a_long_recovery_is_not_cut_short_by_the_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shippers, "_MOST", 1)
+    with fresh() as (server, app):
+        delivery = Delivery(app.backend)
+        shipper = Shipper(tmp_path, delivery, store=app.backend.store_name)
+        for name in "abc":
+            leave(tmp_path, task_id=name)
+        assert shipping._deliver_all(shipper, delivery) == Pass(3)
+        server.client().flushall()
+        shipper.doubt(everything=True)
+        for name in "abc":
             delivery.recheck_at = time.monotonic()
-            assert look() == Pass(1)
-            assert held(server, "b") == "SUCCESS"
-            assert checkpoint(tmp_path) != before
-        finally:
-            close(app)
+            assert shipping._deliver_all(shipper, delivery, 60.0, -1.0).delivered == 1
+            assert held(server, name) == "SUCCESS"
+
+
+def test_all_by_hand_is_all_although_the_server_was_restarted(tmp_path: Path) -> None:
+    with fresh() as (server, app):
+        leave(tmp_path, task_id="a")
+        assert shipping.ship(app, tmp_path) == Pass(1)
+        server.kill()
+        server.start()
+        assert shipping.ship(app, tmp_path, again=True) == Pass(1)
 
 
 def test_an_id_that_no_server_takes_is_in_nobodys_way(server: Server, deliver: Delivery) -> None:

@@ -330,6 +330,18 @@ def test_what_is_doubted_is_delivered_once_file_by_file(tmp_path: Path) -> None:
     assert redis.got == [("one", "SUCCESS"), ("two", "SUCCESS")]
 
 
+def test_a_smaller_doubt_does_not_take_the_place_of_a_larger_one(tmp_path: Path) -> None:
+    redis = Redis()
+    put(tmp_path, "a")
+    ship(tmp_path, redis)
+    shipper = Shipper(tmp_path, redis)
+    shipper.doubt(everything=True)
+    shipper.doubt(everything=False)
+    assert shipper.run() == Pass(1)
+    shipper.doubt(everything=False)
+    assert shipper.run() == Pass(0)
+
+
 def test_what_is_doubted_outlives_an_outage(tmp_path: Path) -> None:
     redis = Redis()
     put(tmp_path, "a")
