@@ -132,7 +132,9 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
         "one@here": 2,
         "two@there": 1,
     }
-    out = tmp_path / "out"
+    out, beside = tmp_path / "out", tmp_path / "beside"
+    beside.mkdir()
+    env["TMPDIR"] = str(beside)
     with (
         out.open("wb") as file,
         subprocess.Popen(
@@ -143,6 +145,8 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
             eventually(lambda: out.read_text().count("\n") == 1, what="what was there")
             put(app, tmp_path, "two@there", "d")
             eventually(lambda: out.read_text().count("\n") == 2, what="what came")
+            assert list(beside.iterdir())
         finally:
             process.terminate()
+    assert not list(beside.iterdir())
     assert [json.loads(line)["task_id"] for line in out.read_text().splitlines()] == ["c", "d"]

@@ -24,7 +24,7 @@ class Sentinel(RedisServer):
     def watch(self, master: RedisServer) -> None:
         commands = (
             f"MONITOR {MASTER} 127.0.0.1 {master.port} 1",
-            f"SET {MASTER} down-after-milliseconds 300",
+            f"SET {MASTER} down-after-milliseconds 1000",
             f"SET {MASTER} failover-timeout 2000",
         )
         for command in commands:

@@ -72,8 +72,8 @@ def deliver(app: Celery, request: pytest.FixtureRequest) -> Delivery:
 
 @contextmanager
 def fresh() -> Iterator[tuple[Server, Celery]]:
-    """A server of its own, which may be killed, and an app that keeps its results there."""
-    with Server() as server:
+    """A server of its own, which may be killed and loses nothing by that, and an app that keeps its results there."""
+    with Server(appendfsync="always") as server:
         app = app_of(server)
         try:
             yield server, app
