@@ -26,7 +26,8 @@ from integration.node import PROJECTS, Server, eventually
 
 from mpworker.celery import shipping
 from mpworker.celery.backend import ResultBackend
-from mpworker.celery.shipping import Delivery, Shipping
+from mpworker.celery.delivery import Delivery, deliver_all
+from mpworker.celery.shipping import Shipping
 from mpworker.errors import ConfigurationError, StoreError
 from mpworker.results import shipper as shippers
 from mpworker.results.bell import Bell
@@ -408,9 +409,9 @@ def test_what_somebody_brought_to_the_server_of_before_is_brought_to_this_one(tm
 
         def look() -> Pass:
             try:
-                return shipping._deliver_all(shipper, delivery, 60.0)
+                return deliver_all(shipper, delivery, 60.0)
             except redis.ConnectionError:  # of the server that was killed: older clients do not try again
-                return shipping._deliver_all(shipper, delivery, 60.0)
+                return deliver_all(shipper, delivery, 60.0)
 
         leave(tmp_path, task_id="a")
         assert look() == Pass(1)
@@ -434,12 +435,12 @@ def test_a_long_recovery_is_not_cut_short_by_the_second_look(tmp_path: Path, mon
         shipper = Shipper(tmp_path, delivery, store=app.backend.store_name)
         for name in "abc":
             leave(tmp_path, task_id=name)
-        assert shipping._deliver_all(shipper, delivery) == Pass(3)
+        assert deliver_all(shipper, delivery) == Pass(3)
         server.client().flushall()
         shipper.doubt(everything=True)
         for name in "abc":
             delivery.recheck_at = time.monotonic()
-            assert shipping._deliver_all(shipper, delivery, 60.0, -1.0).delivered == 1
+            assert deliver_all(shipper, delivery, 60.0, -1.0).delivered == 1
             assert held(server, name) == "SUCCESS"
 
 
