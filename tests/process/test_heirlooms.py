@@ -24,6 +24,8 @@ def keep(**things: Any) -> None:
 
 def keep_all(queue: Any, lock: Any, value: Any) -> None:
     keep(queue=queue, lock=lock, value=value)
+    queue.close()
+    queue.join_thread()  # killed while this one writes, it would leave the queue's lock behind
 
 
 def count(times: int) -> int:
