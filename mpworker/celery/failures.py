@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,9 @@ logger = logging.getLogger("mpworker.pool")
 
 FAILED, RETRIED, RETURNED = "on_failure", "on_retry", "after_return"
 
+#: Seconds between two attempts to send what the broker did not take; one of them may hold up the main process a little.
+_RESEND_INTERVAL = 5.0
+
 
 class _Errback(NamedTuple):
     """One errback of one failed task, not sent yet."""
@@ -53,6 +57,7 @@ class Failures:
     def __init__(self, hooks: ParentHooks) -> None:
         self._hooks = hooks
         self._errbacks: deque[_Errback] = deque()
+        self._not_before = 0.0
 
     def report(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Calls ``function`` with what follows.
@@ -113,12 +118,15 @@ class Failures:
 
         return keep
 
-    def send_errbacks(self, *, last: bool = False) -> None:
+    def send_errbacks(self, *, at_once: bool = False, last: bool = False) -> None:
         """Calls or sends the errbacks that wait. Without a broker they go on waiting.
 
         Args:
+            at_once: also when the last attempt has just failed.
             last: nobody will ask again, so those that cannot be sent are logged.
         """
+        if not self._errbacks or (not (at_once or last) and time.monotonic() < self._not_before):
+            return
         while self._errbacks:
             errback = self._errbacks.popleft()
             backend, request, error, traceback = errback
@@ -127,6 +135,7 @@ class Failures:
             except OperationalError as exc:
                 if not last:
                     self._errbacks.appendleft(errback)
+                    self._not_before = time.monotonic() + _RESEND_INTERVAL
                     return
                 logger.error("the errback of %s is lost with its broker (%s): %r", request.id, exc, request.errbacks)
             except Exception:

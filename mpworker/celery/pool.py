@@ -396,13 +396,16 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._wakeup.connect(hub)
         if not self.handle.ready:
             self._await_ready()
-        self._failures.send_errbacks()
+        # Again later, too: what sends has a connection of its own, which need not be back when the node is.
+        hub.on_tick.add(self._failures.send_errbacks)
+        self._failures.send_errbacks(at_once=True)
 
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:
             self.handle.wait(1.0)
             try:
                 self._pump()
+                self._failures.send_errbacks()
             except (WorkerShutdown, WorkerTerminate) as exc:  # in this thread nobody would hear it
                 worker_state.should_stop = exc.code or 0
 
