@@ -288,6 +288,12 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def stop(self) -> None:
+        """As an administrator would: what it has done is on disk, and those who asked for it have heard so."""
+        self.signal(signal.SIGTERM)
+        assert self._process is not None
+        self._process.wait()
+
     def forget(self) -> None:
         """While it is down: it will come back empty."""
         shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)

@@ -100,6 +100,13 @@ def quick_client(backend: Any, patience: float) -> Any:
 class _Closable:
     closes_in_peace = True
     outages: WeakSet[Outage]
+    #: Called when this connection is lost, before it gives up what it holds.
+    on_lost: Callable[[], None] | None = None
+
+    def collect(self, *args: Any, **kwargs: Any) -> Any:
+        if self.on_lost is not None:
+            self.on_lost()
+        return super().collect(*args, **kwargs)  # type: ignore[misc]
 
     def maybe_close_channel(self, channel: Any) -> None:
         try:

@@ -79,12 +79,12 @@ class LoopLink:
             return
         try:
             self._hub.fire_timers()
-            _run_acks(self._hub)
+            run_acks(self._hub)
         except Exception:
             logger.exception("error in the event loop's timers during shutdown")
 
 
-def _run_acks(hub: Any) -> None:
+def run_acks(hub: Any) -> None:
     """Runs the acks and rejects that finished tasks have queued in the loop; everything else stays queued."""
     for callback in list(hub._pop_ready()):
         method = getattr(callback, "fun", None)

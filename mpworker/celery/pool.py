@@ -46,6 +46,7 @@ from mpworker.celery.slot_env import slot_env_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
 from mpworker.celery.start import start_method_of
+from mpworker.celery.unacked import Unacked
 from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
 from mpworker.pool import handle as handles
@@ -137,7 +138,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._failures = Failures(self._hooks)
         self._soft = SoftShutdown(self, self._drain)
         self._outage = Outage(self, self._listen_once)
-        self.app.steps["consumer"].add(StallDetector)  # looked at when the consumer is made, which comes next
+        self.app.steps["consumer"].update((StallDetector, Unacked))  # looked at when the consumer is made: next
         hostname = (self.options.get("initargs") or (None, ""))[1]
         self._deaths = Deaths(self.app, self._settings.max_deaths, hostname)
 

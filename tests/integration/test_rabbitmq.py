@@ -77,10 +77,10 @@ class RabbitMQ:
                 return True
         return False
 
-    def kill(self):
-        """As a crash would; :meth:`start` brings it back with what it has on disk."""
+    def kill(self, signum=signal.SIGKILL):
+        """As a crash would; :meth:`start` brings it back with what it has on disk: all, after SIGTERM."""
         server = self.processes.pop()
-        os.killpg(server.pid, signal.SIGKILL)
+        os.killpg(server.pid, signum)
         server.wait(PATIENCE)
 
     def stop(self):
@@ -239,6 +239,40 @@ def test_warm_shutdown_beats_on_and_acknowledges(broker, client, tmp_path):
 def test_inspect(shop):
     node, client = shop
     assert ask(client, node, "stats")["pool"]["processes"] == node.pids("mpworker: worker")
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_what_rabbitmq_delivers_again_is_not_run_twice(tmp_path, ends):
+    """Its task ends before the broker is back, or runs until it has come again."""
+    rabbit = RabbitMQ()
+    try:
+        rabbit.start()
+        with Server() as results:
+            config = {"broker_connection_max_retries": None, "broker_connection_retry_on_startup": True}
+            config |= {"task_acks_late": True, "worker_prefetch_multiplier": 1}
+            app = Celery("client", broker=rabbit.broker, backend=results.results, set_as_current=False)
+            with node_on((rabbit, results), tmp_path, "-c", "2", **config) as node:
+                running = send(app, "hold", "gate")
+                node.notes.wait("hold")
+                rabbit.kill(signal.SIGTERM)
+                node.await_log("Connection to broker lost")
+                if ends == "before":
+                    (tmp_path / "gate").touch()
+                    assert running.get(timeout=PATIENCE) == "gate"
+                rabbit.start()
+                if ends == "after":
+                    node.await_log("was delivered again while it runs here")
+                    (tmp_path / "gate").touch()
+                    assert running.get(timeout=PATIENCE) == "gate"
+                app._after_fork()  # forgets its connections
+                assert [send(app, "add", n, n).get(timeout=PATIENCE) for n in range(4)] == [0, 2, 4, 6]
+                assert len(node.notes.read("hold")) == 1
+                assert node.stop() == 0
+                assert messages((rabbit, results)) == 0
+            app.backend.result_consumer.cancel_for = lambda task_id: None
+            app.close()
+    finally:
+        rabbit.stop()
 
 
 @pytest.mark.long
