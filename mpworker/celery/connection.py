@@ -7,6 +7,7 @@ Owns those differences. Never connects by itself.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -14,6 +15,9 @@ from weakref import WeakSet
 from celery import Celery, signals
 
 logger = logging.getLogger("mpworker.broker")
+
+#: Seconds from one attempt to connect to the next, at least: a broker may take the connection and refuse all else.
+_INTERVAL = 1.0
 
 
 def make_closable(app: Celery) -> None:
@@ -38,6 +42,7 @@ class Outage:
     def __init__(self, pool: Any, listen: Callable[[], None]) -> None:
         self._pool, self._listen = pool, listen
         self._consumer: Any = None
+        self._last_attempt = 0.0
 
     def connect(self) -> None:
         make_closable(self._pool.app)
@@ -51,6 +56,17 @@ class Outage:
     def _on_ready(self, sender: Any, **_: Any) -> None:
         if getattr(sender, "pool", None) is self._pool:
             self._consumer = sender
+            if sender.connection.transport.driver_type == "redis":
+                _outlast_refusals(sender)
+
+    def pace(self) -> None:
+        """Called before an attempt to connect in the main thread."""
+        if self._consumer is None or self._consumer.connection is not None:
+            return  # at the start, or one connection more
+        if (pause := self._last_attempt + _INTERVAL - time.monotonic()) > 0:
+            time.sleep(pause)
+            self.passes()
+        self._last_attempt = time.monotonic()
 
     def passes(self) -> None:
         """Called by a connection that waits."""
@@ -58,6 +74,27 @@ class Outage:
         dispatcher = getattr(self._consumer, "event_dispatcher", None)
         if dispatcher is not None:
             _keep_events(dispatcher)
+
+
+def _outlast_refusals(consumer: Any) -> None:
+    """From here on an error that Redis answers, as it is a replica by now, or full, is a lost connection to Celery.
+
+    At the start such an error is more likely a mistake, and ends the node as Celery has it.
+    """
+    from redis import exceptions  # not needed by nodes without Redis
+
+    def listening(read: Callable[..., Any]) -> Callable[..., Any]:
+        def listen(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return read(*args, **kwargs)
+            except exceptions.ResponseError as exc:
+                raise exceptions.ConnectionError(str(exc)) from exc
+
+        return listen
+
+    consumer.connection_errors = (*consumer.connection_errors, exceptions.ResponseError)
+    channel = consumer.connection.default_channel  # Celery looks at these errors when it connects, so at the next time
+    channel.handlers = {name: listening(read) for name, read in channel.handlers.items()}
 
 
 def _keep_events(dispatcher: Any) -> None:
@@ -123,4 +160,7 @@ class _Closable:
             if callback is not None:
                 callback()
 
+        if callback is not None:
+            for outage in list(self.outages):
+                outage.pace()
         return super().ensure_connection(*args, callback=waiting if callback else None, **kwargs)  # type: ignore[misc]

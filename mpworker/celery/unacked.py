@@ -244,9 +244,7 @@ class _Line:
             if not isinstance(exc, self._refusals):
                 self._kept[tag] = message
                 raise
-            logger.warning(
-                "Redis does not note that a message was taken, should this node be killed: %s", describe(exc)
-            )
+            logger.warning("Redis does not note that this node has a message, and could lose it: %s", describe(exc))
             self.adopt(tag, message)
         if self.is_lost:  # kombu reads what has come already
             self.keep_all()
