@@ -74,12 +74,15 @@ class LoopLink:
             self._writer = None
 
     def keep_alive(self) -> None:
-        """While the loop stands still: its timers (AMQP heartbeats), and the acks of what has just finished."""
+        """While the loop stands still: its timers (AMQP heartbeats), the acks of what has just finished, and what else
+        is done in each turn."""
         if self._hub is None:
             return
         try:
             self._hub.fire_timers()
             run_acks(self._hub)
+            for callback in self._hub.on_tick - {self.watch_writing}:
+                callback()
         except Exception:
             logger.exception("error in the event loop's timers during shutdown")
 

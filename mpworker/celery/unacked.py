@@ -1,6 +1,6 @@
 """Messages outlive the connection that they came over.
 
-    lost ─▶ what is not acknowledged is kept
+    lost ─▶ what is not acknowledged is remembered
     connected again ─▶ runs here: its message moves to the new connection, and is acknowledged there in the end
                     ─▶ its end could not be told: it is told now
                     ─▶ has not started: back to where it was (Redis; RabbitMQ does so itself)
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
-from itertools import count
 from typing import Any
 
 from celery import bootsteps
@@ -29,13 +29,12 @@ from mpworker.results.record import describe
 
 logger = logging.getLogger("mpworker.broker")
 
-#: Seconds between two attempts to tell Redis what it did not take.
-_RETRY_INTERVAL = 5.0
-#: Transports that this knows; the driver types are kombu's.
-_REDIS, _AMQP = "redis", "amqp"
+#: So many ends are remembered for RabbitMQ, of those told before a loss only what is this young (seconds): who writes
+#: to a connection that is gone hears of that late.
+_ENDS, _DOUBTFUL = 10_000, 300.0
 
 #: How a message ends: acknowledged (None), or rejected, and then whether it goes back into its queue.
-_End = bool | None
+End = bool | None
 
 
 class Unacked(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -45,237 +44,203 @@ class Unacked(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, c: Any, **kwargs: Any) -> None:
         super().__init__(c, **kwargs)
-        self._consumer = c
-        self._line: _Line | None = None
-        self._generations = count()
-        #: messages of lost connections, by a line's key
-        self._kept: dict[Any, Any] = {}
-        #: what the broker has not been told, by the same keys
-        self._owed: dict[Any, _End] = {}
-        self._not_before = 0.0
+        self._book: Book | None = None
 
     def start(self, c: Any) -> None:
         """Also after each reconnect. What is consumed comes later."""
-        self._line = None
-        if c.hub is not None and c.connection.transport.driver_type in (_REDIS, _AMQP):
-            self._line = _Line(c.connection, next(self._generations), self._kept, self._owed)
-            c.connection.on_lost = self._take
+        if c.hub is None:
+            return
+        if self._book is None:
+            self._book = _book_for(c)
+        if self._book is not None:
+            self._book.open(c.connection)
+            c.connection.on_lost = self._book.close
 
     def stop(self, c: Any) -> None:
-        """What is left goes the way that Celery and kombu have for it."""
+        """Tasks still run, and their messages are acknowledged."""
+
+    def shutdown(self, c: Any) -> None:
+        """Nothing runs any more; the connection, if there is one, is closed next."""
+        if self._book is not None:
+            self._book.finish()
 
     def register_with_event_loop(self, c: Any, hub: Any) -> None:
         """Called when the consumer knows what to do with a message, and before the first can come."""
-        if self._line is None:
+        if self._book is None:
             return
-        run_acks(hub)  # of what has ended meanwhile: over the old line, which notes them
-        c.task_consumer.on_message = _Filter(c.task_consumer.on_message, self._is_known)
-        if self._line.qos is not None:
-            hub.on_tick.add(self._settle_later)
-            self._settle()
+        run_acks(hub)  # of what has ended meanwhile: over the old connection, which has them noted
+        c.task_consumer.on_message = _Filter(c.task_consumer.on_message, self._book)
+        hub.on_tick.add(self._book.settle_later)
+        self._book.settle()
 
-    def _take(self) -> None:
-        """The connection is lost, and about to be closed; kombu would give back what it holds."""
-        line = self._line
-        if line is None or line.is_lost:
-            return
-        line.is_lost = True
-        if line.qos is not None:
-            line.keep_all()
-            return
-        # A queue of RabbitMQ's has them back already: it need not be told, but will deliver them again.
-        self._kept.clear()
-        for request in tuple(worker_state.active_requests):
-            if request.message.channel is line.channel:
-                self._kept[line.key(request.message.delivery_tag)] = request.message
-        for key in [key for key in self._owed if key not in self._kept]:
-            del self._owed[key]
 
-    # -- Redis: messages are found by a tag that they keep for life ------------------------------------------------
+def _book_for(c: Any) -> Book | None:
+    kind = c.connection.transport.driver_type
+    if kind == "amqp":
+        return _RabbitBook(c)
+    if kind == "redis":
+        from kombu.transport.redis import QoS  # loaded already: this is a connection of its kind
 
-    def _settle_later(self) -> None:
-        """Called in each turn of the loop."""
-        if (self._kept or self._owed) and time.monotonic() >= self._not_before:
-            self._settle()
+        from mpworker.celery.unacked_redis import RedisBook
 
-    def _settle(self) -> None:
-        line = self._line
-        if line is None or line.is_lost or not (self._kept or self._owed):
-            return
-        self._not_before = time.monotonic() + _RETRY_INTERVAL
-        told = len(self._owed)
-        try:
-            for tag, end in list(self._owed.items()):
-                line.tell(tag, end)
-                del self._owed[tag]
-                self._kept.pop(tag, None)
-            moved, waiting = self._move(line), 0
-            for tag, message in reversed(list(self._kept.items())):  # what is put back last is taken first
-                waiting += line.give_back(tag, message)
-                del self._kept[tag]
-        except Exception as exc:
-            logger.warning("what became of messages is told later, the broker does not listen: %s", describe(exc))
-        else:
-            logger.info(
-                "messages of a lost connection: %d of tasks that run here, %d of tasks that have ended, %d put back",
-                moved,
-                told,
-                waiting,
-            )
-
-    def _move(self, line: _Line) -> int:
-        running = {id(request.message) for request in tuple(worker_state.active_requests)}
-        moving = {tag: message for tag, message in self._kept.items() if id(message) in running}
-        for tag, message in moving.items():
-            line.adopt(tag, message)
-            del self._kept[tag]
-        c = self._consumer
-        if moving and 0 < c.qos.value < c.max_prefetch_count:  # Celery has left room for them, and so does kombu
-            c.qos.increment_eventually(min(len(moving), c.max_prefetch_count - c.qos.value))
-        return len(moving)
-
-    # -- what is delivered again -----------------------------------------------------------------------------------
-
-    def _is_known(self, message: Any) -> bool:
-        """Whether that is a message which has been here before, and has an owner; then it has been seen to."""
-        line = self._line
-        if line is None:
-            return False
-        request = worker_state.requests.get(message.headers.get("id"))
-        if request is not None and request in worker_state.active_requests and line.is_same(request.message, message):
-            logger.warning("task %s[%s] was delivered again while it runs here", request.name, request.id)
-            if request.acknowledged:
-                message.ack_log_error(logger, self._consumer.connection_errors)
-            else:
-                line.adopt(message.delivery_tag, request.message)
-            return True
-        for key in [key for key in self._kept.keys() & self._owed.keys() if line.is_same(self._kept[key], message)]:
-            del self._kept[key]
-            return self._end_again(self._owed.pop(key), message)
-        return False
-
-    def _end_again(self, end: _End, message: Any) -> bool:
-        logger.info("task %s[%s] was delivered again and had ended here", *map(message.headers.get, ("task", "id")))
-        if end is None:
-            message.ack_log_error(logger, self._consumer.connection_errors)
-        elif not end:
-            message.reject_log_error(logger, self._consumer.connection_errors, requeue=False)
-        return not end
+        if isinstance(c.connection.default_channel.qos, QoS):  # not with the option "ack_emulation" off
+            return RedisBook(c)
+    return None
 
 
 class _Filter:
-    """Celery's handler of messages, but for those that ``is_known`` has seen to."""
+    """Celery's handler of messages, but for those that the book has seen to."""
 
-    def __init__(self, handler: Callable[[Any], Any], is_known: Callable[[Any], bool]) -> None:
-        self._handler, self._is_known = handler, is_known
+    def __init__(self, handler: Callable[[Any], Any], book: Book) -> None:
+        self._handler, self._book = handler, book
 
     def __call__(self, message: Any) -> Any:
-        return None if self._is_known(message) else self._handler(message)
+        return None if self._book.has_seen_to(message) else self._handler(message)
 
 
-class _Line:
-    """One connection of the consumer, and the channel that its messages come over.
+class Line:
+    """The channel that messages come over, as long as one of its messages is not acknowledged.
 
     Args:
-        connection: kombu's.
-        generation: tells its messages from those of others, whose tags may be the same with AMQP.
-        kept: where its messages go, by :meth:`key`, when it is lost.
-        owed: where the ends of messages go that it cannot tell the broker.
+        channel: kombu's. What it would tell the broker of a message's end goes through the book.
     """
 
-    def __init__(self, connection: Any, generation: int, kept: dict[Any, Any], owed: dict[Any, _End]) -> None:
-        self.channel = channel = connection.default_channel
-        self.qos = channel.qos if connection.transport.driver_type == _REDIS else None
+    def __init__(self, channel: Any, book: Book) -> None:
+        self.channel: Any = channel
+        self.qos: Any = getattr(channel, "qos", None)
+        #: of RabbitMQ's messages, by tag
+        self.prints: dict[int, Any] = {}
         self.is_lost = False
-        self._generation, self._kept, self._owed = generation, kept, owed
-        self._refusals = connection.channel_errors if self.qos is not None else ()
-        self._errors = connection.connection_errors + self._refusals
-        self._ack, self._reject = channel.basic_ack, channel.basic_reject
+        self._ack, self._reject, self._book = channel.basic_ack, channel.basic_reject, book
         channel.basic_ack, channel.basic_reject = self.ack, self.reject
-        if self.qos is not None:
-            self._append = self.qos.append
-            self.qos.append = self.append
-
-    def key(self, tag: Any) -> Any:
-        return tag if self.qos is not None else (self._generation, tag)
-
-    def is_same(self, message: Any, again: Any) -> bool:
-        """Whether two deliveries are of one message. A task that is tried again is another message."""
-        if message is again:
-            return False
-        if self.qos is not None:
-            return bool(message.delivery_tag == again.delivery_tag)
-        return bool(again.delivery_info.get("redelivered") and _essence(message) == _essence(again))
 
     def ack(self, tag: Any, multiple: bool = False) -> None:
-        """Instead of the channel's ``basic_ack``."""
-        self._end(tag, None, lambda: self._ack(tag, multiple=multiple))
+        self._book.end(self, tag, None)
 
     def reject(self, tag: Any, requeue: bool = False) -> None:
-        """Instead of the channel's ``basic_reject``."""
-        self._end(tag, requeue, lambda: self._reject(tag, requeue=requeue))
+        self._book.end(self, tag, requeue)
 
-    def _end(self, tag: Any, end: _End, tell: Callable[[], None]) -> None:
-        if not self.is_lost:
+    def tell(self, tag: Any, end: End) -> None:
+        """Raises what kombu raises."""
+        if end is None:
+            self._ack(tag)
+        else:
+            self._reject(tag, requeue=end)
+
+
+class Book:
+    """What is known of messages, whatever connection they came over.
+
+    Args:
+        consumer: Celery's.
+    """
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+        self._line: Line | None = None
+        self._errors: tuple[type[BaseException], ...] = ()
+
+    def open(self, connection: Any) -> None:
+        """There is a new connection."""
+        self._errors = connection.connection_errors
+        self._line = Line(connection.default_channel, self)
+
+    def close(self) -> None:
+        """It is lost, and what it holds is given up next."""
+        if self._line is not None:
+            self._line.is_lost = True
+
+    def finish(self) -> None:
+        """This node ends."""
+
+    def end(self, line: Line, tag: Any, end: End) -> None:
+        """A task is done with its message."""
+        if not line.is_lost:
             try:
-                tell()
+                self.tell(line, tag, end)
                 return
             except self._errors as exc:
                 logger.warning("the broker does not take an acknowledgement, and is told later: %s", describe(exc))
-                if self.qos is not None:
-                    self.qos._quick_ack(tag)
-        self._owed[self.key(tag)] = end
+        self.owe(line, tag, end)
 
-    def adopt(self, tag: Any, message: Any) -> None:
-        """From here on this message is one of this line's."""
-        message.channel, message.delivery_tag = self.channel, tag
-        if self.qos is not None:
-            self.qos._quick_append(tag, message)
+    def tell(self, line: Line, tag: Any, end: End) -> None:
+        line.tell(tag, end)
 
-    # -- Redis -----------------------------------------------------------------------------------------------------
+    def owe(self, line: Line, tag: Any, end: End) -> None:
+        """The broker is to be told when it listens again."""
+        raise NotImplementedError
 
-    def append(self, message: Any, tag: str) -> None:
-        """Instead of the channel's ``qos.append``."""
-        message.delivered_at = time.time()
-        try:
-            self._append(message, tag)
-        except BaseException as exc:  # it is in no queue any more, and not among those either whose end is awaited
-            message.delivered_at = 0.0
-            if not isinstance(exc, self._refusals):
-                self._kept[tag] = message
-                raise
-            logger.warning("Redis does not note that this node has a message, and could lose it: %s", describe(exc))
-            self.adopt(tag, message)
-        if self.is_lost:  # kombu reads what has come already
-            self.keep_all()
+    def settle_later(self) -> None:
+        """Called in each turn of the loop."""
 
-    def keep_all(self) -> None:
-        """Keeps what is not acknowledged. From here on kombu does not know of it."""
-        assert self.qos is not None
-        self.qos._flush()
-        self._kept.update(self.qos._delivered)
-        self.qos._delivered.clear()
+    def settle(self) -> None:
+        """Called when the new connection can be used."""
 
-    def tell(self, tag: str, end: _End) -> None:
-        """Tells the end of a message of an earlier line."""
-        assert self.qos is not None
-        if end:
-            self.qos.restore_by_tag(tag, leftmost=True)
+    def has_seen_to(self, message: Any) -> bool:
+        """Whether a message that has just come has been here before, and has an owner."""
+        raise NotImplementedError
+
+    def _take_over(self, request: Any, message: Any) -> bool:
+        logger.warning("task %s[%s] was delivered again while it runs here", request.name, request.id)
+        if request.acknowledged:
+            message.ack_log_error(logger, self._consumer.connection_errors)
         else:
-            self.qos._remove_from_indices(tag).execute()
+            self._adopt(message.delivery_tag, request.message)
+        return True
 
-    def give_back(self, tag: str, message: Any) -> bool:
-        """Puts a message back into its queue, unless it has been away for so long that others may have done so."""
-        assert self.qos is not None
-        if not message.delivered_at:  # Redis has not been told, or has not answered, that it was taken
-            self._append(message, tag)
-            del self.qos._delivered[tag]
-        elif time.time() - message.delivered_at >= self.qos.visibility_timeout:
+    def _adopt(self, tag: Any, message: Any) -> None:
+        """From here on this message has come over the new connection, with this tag."""
+        assert self._line is not None
+        message.channel, message.delivery_tag = self._line.channel, tag
+
+
+class _RabbitBook(Book):
+    """RabbitMQ gives back itself what was not acknowledged, to anybody. What comes here is told by what it says."""
+
+    def __init__(self, consumer: Any) -> None:
+        super().__init__(consumer)
+        self._told: deque[tuple[float, Any, End]] = deque(maxlen=_ENDS)
+        self._untold: dict[Any, End] = {}
+
+    def close(self) -> None:
+        super().close()
+        since = time.monotonic() - _DOUBTFUL
+        self._untold.update((fingerprint, end) for when, fingerprint, end in self._told if when > since)
+        self._told.clear()
+        for fingerprint in list(self._untold)[:-_ENDS]:
+            del self._untold[fingerprint]
+
+    def tell(self, line: Line, tag: Any, end: End) -> None:
+        super().tell(line, tag, end)
+        if (fingerprint := line.prints.pop(tag, None)) is not None:
+            self._told.append((time.monotonic(), fingerprint, end))
+
+    def owe(self, line: Line, tag: Any, end: End) -> None:
+        if (fingerprint := line.prints.pop(tag, None)) is not None:
+            self._untold[fingerprint] = end
+
+    def has_seen_to(self, message: Any) -> bool:
+        fingerprint = _fingerprint(message)
+        if fingerprint is None or self._line is None:
             return False
-        self.qos.restore_by_tag(tag)
+        self._line.prints[message.delivery_tag] = fingerprint
+        if not message.delivery_info.get("redelivered"):
+            return False
+        for request in tuple(worker_state.active_requests):
+            if request.id == fingerprint[0] and _fingerprint(request.message) == fingerprint:
+                return self._take_over(request, message)
+        if fingerprint not in self._untold or (end := self._untold.pop(fingerprint)):
+            return False
+        logger.info("task %s[%s] was delivered again and had ended here", message.headers.get("task"), fingerprint[0])
+        if end is None:
+            message.ack_log_error(logger, self._consumer.connection_errors)
+        else:
+            message.reject_log_error(logger, self._consumer.connection_errors, requeue=False)
         return True
 
 
-def _essence(message: Any) -> tuple[Any, ...]:
-    headers = {name: value for name, value in message.headers.items() if not name.startswith("x-")}  # RabbitMQ's own
-    return headers, message.body, message.properties.get("correlation_id")
+def _fingerprint(message: Any) -> tuple[Any, ...] | None:
+    """What two deliveries of one message have in common, and two tries of one task have not."""
+    task_id = message.headers.get("id")
+    body = message.body if isinstance(message.body, str | bytes) else bytes(message.body)
+    return (task_id, message.headers.get("retries"), len(body), hash(body)) if task_id else None

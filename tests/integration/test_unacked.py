@@ -126,6 +126,52 @@ def test_restarts_under_load_lose_nothing_and_run_nothing_twice(shop, late, turn
         eventually(lambda: [result.state for result in results].count("SUCCESS") == len(runs), what="all have results")
 
 
+def test_the_end_of_a_node_that_has_lost_its_broker(shop):
+    """Asked to end while it connects: the broker is back before its task has ended."""
+    with shop.node("-c", "1") as node:
+        running = shop.hold(node, "gate")
+        waiting = shop.send("add", 1, 1)
+        eventually(lambda: shop.unacked() == 2, what="both are taken")
+        shop.broker.kill()
+        node.await_log("Trying again in")
+        node.signal(signal.SIGTERM)
+        node.await_log("Warm shutdown")
+        shop.broker.start()
+        (node.folder / "gate").touch()
+        assert node.wait() == 0
+        assert running.get(timeout=PATIENCE) == "gate"
+        assert shop.unacked() == 0
+    with shop.node("-c", "1") as node:
+        assert waiting.get(timeout=PATIENCE) == 2
+        assert node.notes.read("hold") == []
+    eventually(shop.is_idle, what="everything is acknowledged")
+
+
+def test_a_broker_that_comes_back_empty_is_given_what_was_waiting_here(shop):
+    with shop.node("-c", "1") as node:
+        running = shop.hold(node, "gate")
+        waiting = shop.send("add", 1, 1)
+        eventually(lambda: shop.unacked() == 2, what="both are taken")
+        shop.restart(node, shop.broker.forget)
+        (node.folder / "gate").touch()
+        assert [running.get(timeout=PATIENCE), waiting.get(timeout=PATIENCE)] == ["gate", 2]
+        eventually(shop.is_idle, what="everything is acknowledged")
+
+
+def test_a_broker_without_acknowledgements_has_none_of_it(shop):
+    options = {"broker_transport_options": {"ack_emulation": False}}
+    with shop.node("-c", "1", **options) as node:
+        running = shop.hold(node, "gate")
+        before = node.log()
+        shop.broker.stop()
+        shop.broker.start()
+        waiting = shop.send("add", 1, 1)
+        eventually(lambda: "Connected to" in node.log()[len(before) :] or running.ready())
+        (node.folder / "gate").touch()
+        assert [running.get(timeout=PATIENCE), waiting.get(timeout=PATIENCE)] == ["gate", 2]
+        assert "told later" not in node.log()
+
+
 def test_connections_that_are_cut_have_nobody_else_run_it(shop):
     one = {"worker_prefetch_multiplier": 1}
     with shop.node("-c", "2", **one) as node, shop.node("-c", "2", **one) as other:  # both wait for a second one

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 from celery.worker import state as worker_state
+from kombu.transport.redis import QoS
 
 from mpworker.celery import unacked as module
 from mpworker.celery.unacked import Unacked
@@ -33,22 +35,25 @@ class Message:
         self.channel.basic_reject(self.delivery_tag, requeue=requeue)
 
 
-class Channel:
-    """Of a broker which has heard ``heard``; it is also the QoS of its kind in Redis."""
+class Channel(QoS):
+    """Of a broker that has heard ``heard``; it is also the QoS of its kind in Redis."""
 
     visibility_timeout = 3600
+    unacked_key = "unacked"
 
-    def __init__(self, heard, kind="redis"):
-        self.heard, self.error = heard, None
+    def __init__(self, node):
+        self.node, self.error = node, None
         self._delivered, self._dirty = {}, set()
         self._quick_append, self._quick_ack = self._delivered.__setitem__, self._dirty.add
-        if kind == "redis":
+        if node.kind == "redis":
             self.qos = self
 
     def _hear(self, *what):
         if self.error:
             raise self.error
-        self.heard.append(what)
+        if self.node.refused == what:
+            raise Refused("OOM")
+        self.node.heard.append(what)
 
     def basic_ack(self, tag, multiple=False):
         self._hear("ack", tag)
@@ -60,7 +65,14 @@ class Channel:
 
     def append(self, message, tag):
         self._hear("taken", tag)
+        self.node.noted.add(tag)
         self._delivered[tag] = message
+
+    @contextlib.contextmanager
+    def conn_or_acquire(self):
+        if self.error:
+            raise self.error
+        yield SimpleNamespace(hget=lambda _, tag: tag if tag in self.node.noted else None)
 
     def _flush(self):
         for tag in self._dirty:
@@ -69,6 +81,8 @@ class Channel:
 
     def restore_by_tag(self, tag, leftmost=False):
         self._hear("first" if leftmost else "back", tag)
+        assert tag in self.node.noted, "it would vanish"
+        self.node.noted.discard(tag)
 
     def _remove_from_indices(self, tag):
         return SimpleNamespace(execute=lambda: self._hear("end", tag))
@@ -78,15 +92,16 @@ class Node:
     """A consumer with this step, and its connections."""
 
     def __init__(self, kind):
-        self.kind, self.heard, self.handled = kind, [], []
+        self.kind, self.heard, self.handled, self.noted, self.refused = kind, [], [], set(), ()
         self.hub = SimpleNamespace(on_tick=set(), _pop_ready=list)
         self.consumer = SimpleNamespace(hub=self.hub, connection_errors=(Gone,), max_prefetch_count=0)
         self.consumer.qos = SimpleNamespace(value=0)
         self.step = Unacked(self.consumer)
         self.connect()
 
-    def connect(self):
-        self.channel = Channel(self.heard, self.kind)
+    def connect(self, error=None):
+        self.channel = Channel(self)
+        self.channel.error = error
         self.consumer.connection = SimpleNamespace(
             default_channel=self.channel,
             transport=SimpleNamespace(driver_type=self.kind),
@@ -194,20 +209,30 @@ def test_an_acknowledgement_that_is_not_taken_is_told_again_later(redis, monkeyp
     assert redis.heard == [("taken", "a"), ("end", "a")]
 
 
+def test_what_redis_refuses_holds_up_nothing_else(redis, monkeypatch):
+    request, ended, again = (Request(redis.receive(tag)) for tag in "abc")
+    redis.receive("d")
+    redis.lose()
+    for each, requeue in ((ended, None), (again, True)):
+        each.message.ack_log_error() if requeue is None else each.message.reject_log_error(requeue=True)
+        worker_state.active_requests.discard(each)
+    redis.refused = ("first", "c")
+    redis.connect()
+    assert redis.heard[4:] == [("end", "b"), ("back", "d")]
+    assert redis.channel._delivered == {"a": request.message}
+    redis.refused = ()
+    now = module.time.monotonic() + 6.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    redis.tick()
+    assert redis.heard[6:] == [("first", "c")]
+
+
 def test_a_new_connection_that_is_gone_at_once_loses_nothing(redis):
     request, ended = Request(redis.receive("a")), redis.receive("b")
     redis.receive("c")
     redis.lose()
     ended.ack_log_error()
-    start = redis.step.start
-
-    def start_badly(c):
-        redis.channel.error = Gone("again")
-        start(c)
-
-    redis.step.start = start_badly
-    redis.connect()
-    redis.step.start = start
+    redis.connect(Gone("again"))
     redis.lose()
     redis.connect()
     assert redis.heard[3:] == [("end", "b"), ("back", "c")]
@@ -224,14 +249,70 @@ def test_a_message_that_was_taken_but_not_noted_is_put_back(redis):
     assert redis.handled == []
 
 
-def test_a_refusal_to_note_who_has_taken_a_message_is_no_reason_to_drop_it(redis):
-    redis.channel.error = Refused("OOM")
+def test_what_redis_has_forgotten_is_put_back_from_memory(redis):
     redis.receive("a")
-    assert [message.delivery_tag for message in redis.handled] == ["a"]
-    redis.channel.error = None
+    redis.lose()
+    redis.noted.clear()
+    redis.connect()
+    assert redis.heard == [("taken", "a")] * 2 + [("back", "a")]
+
+
+def test_a_message_that_redis_does_not_note_is_handled_and_noted_later(redis, monkeypatch):
+    redis.refused = ("taken", "a")
+    message = redis.receive("a")
+    assert redis.handled == [message]
+    redis.refused = ()
+    redis.tick()
+    assert redis.heard == [("taken", "a")]
+    assert redis.channel._delivered == {"a": message}
+    message.ack_log_error()
+    redis.tick()
+    assert redis.heard == [("taken", "a"), ("ack", "a")]
+
+
+def test_a_message_that_was_not_noted_can_be_given_back(redis):
+    redis.refused = ("taken", "a")
+    message = redis.receive("a")
+    redis.refused = ()
+    message.reject_log_error(requeue=True)
+    assert redis.heard == [("taken", "a"), ("requeue", "a")]
+
+
+def test_a_message_that_was_not_noted_outlives_a_loss(redis):
+    redis.refused = ("taken", "a")
+    redis.receive("a")
+    redis.refused = ()
     redis.lose()
     redis.connect()
     assert redis.heard == [("taken", "a"), ("back", "a")]
+
+
+def test_the_end_of_a_node_tells_what_is_left(redis):
+    redis.refused = ("ack", "a")
+    redis.receive("a").ack_log_error()
+    redis.step.shutdown(redis.consumer)
+    assert redis.heard == [("taken", "a"), ("end", "a")]
+
+
+def test_the_end_of_a_node_without_a_connection(redis, caplog):
+    message = redis.receive("a")
+    redis.lose()
+    message.ack_log_error()
+    redis.consumer.app = SimpleNamespace(connection_for_write=lambda **_: 1 / 0)
+    redis.step.shutdown(redis.consumer)
+    assert "Redis could not be told of 1 messages" in caplog.text
+
+
+def test_redis_itself_delivers_a_message_again(redis):
+    """Its time was over, or it has forgotten that it was taken."""
+    request = Request(redis.receive("a"))
+    redis.receive("a")
+    assert redis.handled == [request.message]
+    assert redis.channel._delivered == {"a": request.message}
+    request.acknowledged = True
+    redis.channel._delivered.clear()
+    redis.receive("a", redelivered=True)
+    assert redis.heard == [("taken", "a")] * 3 + [("ack", "a")]
 
 
 def test_what_rabbitmq_delivers_again_belongs_to_the_running_task(rabbit):
@@ -256,20 +337,50 @@ def test_an_early_acknowledgement_that_rabbitmq_did_not_hear_is_told_again(rabbi
     assert rabbit.heard == [("ack", 1)]
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("end", "heard", "handled"), [("ack", [("ack", 3)], 1), ("reject", [("reject", 3)], 1), ("requeue", [], 2)]
 )
-def test_what_had_ended_before_rabbitmq_delivered_it_again(rabbit, end, heard, handled):
-    request = Request(rabbit.receive(1, "x"))
-    rabbit.lose()
-    message = request.message
+
+
+def finish(message, end):
     message.ack_log_error() if end == "ack" else message.reject_log_error(requeue=end == "requeue")
+
+
+@ENDS
+@pytest.mark.parametrize("when", ["before", "dying", "lost", "between", "later"])
+def test_what_had_ended_before_rabbitmq_delivered_it_again(rabbit, end, heard, handled, when):
+    request = Request(rabbit.receive(1, "x"))
+    if when == "dying":
+        rabbit.channel.error = Gone("now")
+    if when in ("before", "dying"):  # its connection is: a first write to it still succeeds
+        finish(request.message, end)
+    rabbit.lose()
+    if when in ("between", "later"):
+        rabbit.connect()
+        if when == "between":
+            finish(request.message, end)
+        rabbit.lose()
+    if when in ("lost", "later"):
+        finish(request.message, end)
     worker_state.active_requests.discard(request)
     rabbit.connect()
+    rabbit.heard.clear()
     rabbit.receive(3, "x", redelivered=True)
     assert (rabbit.heard, len(rabbit.handled)) == (heard, handled)
     rabbit.receive(4, "x", redelivered=True)  # somebody else's
     assert len(rabbit.handled) == handled + 1
+
+
+def test_what_ended_long_before_a_loss_is_another_message(rabbit, monkeypatch):
+    request = Request(rabbit.receive(1, "x"))
+    finish(request.message, "ack")
+    worker_state.active_requests.discard(request)
+    now = module.time.monotonic() + 301.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    rabbit.lose()
+    rabbit.connect()
+    rabbit.receive(3, "x", redelivered=True)
+    assert len(rabbit.handled) == 2
 
 
 @pytest.mark.parametrize("again", [{"redelivered": False}, {"redelivered": True, "retries": 1}])
