@@ -180,13 +180,9 @@ class Book:
         """Whether a message that has just come has been here before, and has an owner."""
         raise NotImplementedError
 
-    def _take_over(self, request: Any, message: Any) -> bool:
-        logger.warning("task %s[%s] was delivered again while it runs here", request.name, request.id)
-        if request.acknowledged:
-            message.ack_log_error(logger, self._consumer.connection_errors)
-        else:
-            self._adopt(message.delivery_tag, request.message)
-        return True
+    def _say_again(self, message: Any) -> None:
+        name, task_id = message.headers.get("task"), message.headers.get("id")
+        logger.warning("task %s[%s] was delivered again to the node that has it", name, task_id)
 
     def _adopt(self, tag: Any, message: Any) -> None:
         """From here on this message has come over the new connection, with this tag."""
@@ -228,7 +224,12 @@ class _RabbitBook(Book):
             return False
         for request in tuple(worker_state.active_requests):
             if request.id == fingerprint[0] and _fingerprint(request.message) == fingerprint:
-                return self._take_over(request, message)
+                self._say_again(message)
+                if request.acknowledged:
+                    message.ack_log_error(logger, self._consumer.connection_errors)
+                else:
+                    self._adopt(message.delivery_tag, request.message)
+                return True
         if fingerprint not in self._untold or (end := self._untold.pop(fingerprint)):
             return False
         logger.info("task %s[%s] was delivered again and had ended here", message.headers.get("task"), fingerprint[0])

@@ -53,7 +53,7 @@ class RedisBook(Book):
 
         def note(message: Any, tag: str) -> None:
             """Instead of kombu's: the message has just been popped, and is to be noted."""
-            message.was_here = tag in qos._delivered and tag not in qos._dirty
+            message.earlier = qos._delivered.get(tag) if tag not in qos._dirty else None
             message.delivered_at = time.time()
             try:
                 append(message, tag)
@@ -214,11 +214,15 @@ class RedisBook(Book):
         return True
 
     def has_seen_to(self, message: Any) -> bool:
-        tag = message.delivery_tag
-        is_forgetful = self._forgetful_until and time.monotonic() < self._forgetful_until
-        if not (message.was_here or message.delivery_info.get("redelivered") or is_forgetful):
+        if message.earlier is not None:  # it runs here, or waits: its time was over, or Redis has forgotten something
+            self._say_again(message)
+            self._adopt(message.delivery_tag, message.earlier)
+            return True
+        if not message.delivery_info.get("redelivered") and time.monotonic() >= self._forgetful_until:
             return False
         for request in tuple(worker_state.active_requests):
-            if request.message.delivery_tag == tag and request.message is not message:
-                return self._take_over(request, message)
+            if request.message.delivery_tag == message.delivery_tag and request.message is not message:
+                self._say_again(message)  # it was acknowledged when it began
+                message.ack_log_error(logger, self._consumer.connection_errors)
+                return True
         return False

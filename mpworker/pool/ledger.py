@@ -329,12 +329,12 @@ class Ledger:
             self.quota.watched[worker.id] = worker
         if worker.state is not _KILLED:
             worker.deadline = inf
-        self._settle_recall(job)
         if job.lane is _TASKS:
             job.body = b""  # it never starts again
             self._tell(_STARTED, job.id, 0, at, float(worker.pid))
         else:
             self._tell(Kind.HOOK_STARTED, job.of or job.id)
+        self._settle_recall(job)  # who has asked knows by then what had started
 
     def _soft(self, event: f.SoftLimitHit, now: float) -> None:
         found, job = self._find(event.worker), self._job(event.job)

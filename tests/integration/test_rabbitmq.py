@@ -261,7 +261,7 @@ def test_what_rabbitmq_delivers_again_is_not_run_twice(tmp_path, ends):
                     assert running.get(timeout=PATIENCE) == "gate"
                 rabbit.start()
                 if ends == "after":
-                    node.await_log("was delivered again while it runs here")
+                    node.await_log("was delivered again to the node that has it")
                     (tmp_path / "gate").touch()
                     assert running.get(timeout=PATIENCE) == "gate"
                 app._after_fork()  # forgets its connections

@@ -499,6 +499,16 @@ def test_a_job_that_ended_while_it_waited_keeps_no_draining_pool_alive(hooks: by
     assert world.hook_ends == (dict.fromkeys(range(1, 6), 1) if hooks else {})
 
 
+def test_who_takes_back_what_has_not_started_has_heard_of_what_has() -> None:
+    world = World(1)
+    world.get_ready(0)
+    world.submit(1)
+    world.tell(f.FlushAsked(7))
+    assert all(frame.kind is not Kind.FLUSHED for frame in world.frames)
+    world.begin(0)
+    assert [frame.kind for frame in world.frames[-2:]] == [Kind.STARTED, Kind.FLUSHED]
+
+
 @pytest.mark.parametrize("ready", [0, 1])
 def test_stopping_while_workers_start_is_no_boot_failure(ready: int) -> None:
     world = World(7)

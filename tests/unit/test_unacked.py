@@ -315,6 +315,16 @@ def test_redis_itself_delivers_a_message_again(redis):
     assert redis.heard == [("taken", "a")] * 3 + [("ack", "a")]
 
 
+def test_redis_delivers_again_what_still_waits_here(redis):
+    """A countdown longer than the visibility timeout, say."""
+    waiting = redis.receive("a")
+    redis.receive("a", redelivered=True)
+    assert redis.handled == [waiting]
+    waiting.ack_log_error()
+    redis.receive("a", redelivered=True)  # sent once more by somebody
+    assert len(redis.handled) == 2
+
+
 def test_what_rabbitmq_delivers_again_belongs_to_the_running_task(rabbit):
     request = Request(rabbit.receive(1, "x"))
     rabbit.lose()
