@@ -27,14 +27,21 @@ class LoopLink:
     def __init__(self, handle: Handle, on_readable: Callable[[], None]) -> None:
         self._handle, self._on_readable = handle, on_readable
         self._hub: Any = None
+        self._turns: set[Callable[[], None]] = set()
         self._reader: tuple[int, int] | None = None
         self._writer: int | None = None
 
     def connect(self, hub: Any) -> None:
         """Called at the start and after each reconnect, which has emptied the hub."""
         self._hub = hub
-        hub.on_tick.add(self.watch_writing)
+        hub.on_tick.update((self.watch_writing, *self._turns))
         self._watch()
+
+    def each_turn(self, callback: Callable[[], None]) -> None:
+        """From here on ``callback`` is called in each turn of the loop, and while it stands still as well."""
+        self._turns.add(callback)
+        if self._hub is not None:
+            self._hub.on_tick.add(callback)
 
     def disconnect(self) -> None:
         """Takes the line out of the loop."""
@@ -74,14 +81,13 @@ class LoopLink:
             self._writer = None
 
     def keep_alive(self) -> None:
-        """While the loop stands still: its timers (AMQP heartbeats), the acks of what has just finished, and what else
-        is done in each turn."""
+        """While the loop stands still: its timers (AMQP heartbeats), the acks of what has just finished, our turns."""
         if self._hub is None:
             return
         try:
             self._hub.fire_timers()
             run_acks(self._hub)
-            for callback in self._hub.on_tick - {self.watch_writing}:
+            for callback in tuple(self._turns):  # not all of the hub's: Redis's transport would ask for messages
                 callback()
         except Exception:
             logger.exception("error in the event loop's timers during shutdown")

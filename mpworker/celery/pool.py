@@ -398,8 +398,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if not self.handle.ready:
             self._await_ready()
         # Again later, too: what sends has a connection of its own, which need not be back when the node is.
-        hub.on_tick.add(self._failures.send_errbacks)
+        self._loop.each_turn(self._failures.send_errbacks)
         self._failures.send_errbacks(at_once=True)
+
+    def each_turn(self, callback: Callable[[], None]) -> None:
+        """Has the event loop, and whoever stands in for it at the end, call ``callback`` in each turn."""
+        self._loop.each_turn(callback)
 
     def _supervise(self) -> None:
         while self.handle.fileno() >= 0:

@@ -48,7 +48,7 @@ class Unacked(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, c: Any) -> None:
         """Also after each reconnect. What is consumed comes later."""
-        if c.hub is None:
+        if c.hub is None or not hasattr(c.pool, "each_turn"):  # the app's next worker may have another pool
             return
         if self._book is None:
             self._book = _book_for(c)
@@ -70,7 +70,7 @@ class Unacked(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         run_acks(hub)  # of what has ended meanwhile: over the old connection, which has them noted
         c.task_consumer.on_message = _Filter(c.task_consumer.on_message, self._book)
-        hub.on_tick.add(self._book.settle_later)
+        c.pool.each_turn(self._book.settle_later)
         self._book.settle()
 
 
@@ -115,7 +115,10 @@ class Line:
         channel.basic_ack, channel.basic_reject = self.ack, self.reject
 
     def ack(self, tag: Any, multiple: bool = False) -> None:
-        self._book.end(self, tag, None)
+        if multiple:  # nobody does in Celery
+            self._ack(tag, multiple=True)
+        else:
+            self._book.end(self, tag, None)
 
     def reject(self, tag: Any, requeue: bool = False) -> None:
         self._book.end(self, tag, requeue)
@@ -201,7 +204,9 @@ class _RabbitBook(Book):
     def close(self) -> None:
         super().close()
         since = time.monotonic() - _DOUBTFUL
-        self._untold.update((fingerprint, end) for when, fingerprint, end in self._told if when > since)
+        # One that was sent once more, and has not ended, is another message.
+        here = set(self._line.prints.values()) if self._line is not None else set()
+        self._untold.update((print_, end) for when, print_, end in self._told if when > since and print_ not in here)
         self._told.clear()
         for fingerprint in list(self._untold)[:-_ENDS]:
             del self._untold[fingerprint]
@@ -221,6 +226,7 @@ class _RabbitBook(Book):
             return False
         self._line.prints[message.delivery_tag] = fingerprint
         if not message.delivery_info.get("redelivered"):
+            self._untold.pop(fingerprint, None)  # somebody has sent it once more
             return False
         for request in tuple(worker_state.active_requests):
             if request.id == fingerprint[0] and _fingerprint(request.message) == fingerprint:

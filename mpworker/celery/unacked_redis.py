@@ -123,9 +123,8 @@ class RedisBook(Book):
         try:
             for tag in list(self._owed):
                 told += self._unless_refused(self._pay, tag)
-            for tag in reversed(
-                [tag for tag in self._kept if tag not in self._owed]
-            ):  # what is put back last is taken first
+            # What is put back last is taken first.
+            for tag in reversed([tag for tag in self._kept if tag not in self._owed]):
                 waiting += self._unless_refused(self._give_back, tag)
             for tag in [tag for tag in self._unnoted if tag not in self._owed]:
                 self._unless_refused(self._note, tag)

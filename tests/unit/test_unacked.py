@@ -96,6 +96,7 @@ class Node:
         self.hub = SimpleNamespace(on_tick=set(), _pop_ready=list)
         self.consumer = SimpleNamespace(hub=self.hub, connection_errors=(Gone,), max_prefetch_count=0)
         self.consumer.qos = SimpleNamespace(value=0)
+        self.consumer.pool = SimpleNamespace(each_turn=self.hub.on_tick.add)
         self.step = Unacked(self.consumer)
         self.connect()
 
@@ -379,6 +380,31 @@ def test_what_had_ended_before_rabbitmq_delivered_it_again(rabbit, end, heard, h
     assert (rabbit.heard, len(rabbit.handled)) == (heard, handled)
     rabbit.receive(4, "x", redelivered=True)  # somebody else's
     assert len(rabbit.handled) == handled + 1
+
+
+@pytest.mark.parametrize("lost", ["before it comes", "while it waits"])
+def test_what_is_sent_once_more_is_another_message(rabbit, lost):
+    """With the same id, as ``mpworker requeue`` does."""
+    request = Request(rabbit.receive(1, "x"))
+    finish(request.message, "ack")
+    worker_state.active_requests.discard(request)
+    if lost == "before it comes":
+        rabbit.lose()
+        rabbit.connect()
+    rabbit.receive(2, "x")
+    rabbit.lose()
+    rabbit.connect()
+    rabbit.receive(1, "x", redelivered=True)
+    assert len(rabbit.handled) == 3
+
+
+def test_another_pool_has_no_use_for_it():
+    node = Node("redis")
+    node.consumer.pool = SimpleNamespace()
+    node.step = Unacked(node.consumer)
+    node.connect()
+    assert "ack" not in vars(node.channel)
+    assert not hasattr(node.consumer.connection, "on_lost")
 
 
 def test_what_ended_long_before_a_loss_is_another_message(rabbit, monkeypatch):
