@@ -241,9 +241,9 @@ def test_inspect(shop):
     assert ask(client, node, "stats")["pool"]["processes"] == node.pids("mpworker: worker")
 
 
-@pytest.mark.parametrize("ends", ["before", "after"])
-def test_what_rabbitmq_delivers_again_is_not_run_twice(tmp_path, ends):
-    """Its task ends before the broker is back, or runs until it has come again."""
+@pytest.fixture
+def alone(tmp_path):
+    """A broker that may be killed, with a node."""
     rabbit = RabbitMQ()
     try:
         rabbit.start()
@@ -252,52 +252,48 @@ def test_what_rabbitmq_delivers_again_is_not_run_twice(tmp_path, ends):
             config |= {"task_acks_late": True, "worker_prefetch_multiplier": 1}
             app = Celery("client", broker=rabbit.broker, backend=results.results, set_as_current=False)
             with node_on((rabbit, results), tmp_path, "-c", "2", **config) as node:
-                running = send(app, "hold", "gate")
-                node.notes.wait("hold")
-                rabbit.kill(signal.SIGTERM)
-                node.await_log("Connection to broker lost")
-                if ends == "before":
-                    (tmp_path / "gate").touch()
-                    assert running.get(timeout=PATIENCE) == "gate"
-                rabbit.start()
-                if ends == "after":
-                    node.await_log("was delivered again to the node that has it")
-                    (tmp_path / "gate").touch()
-                    assert running.get(timeout=PATIENCE) == "gate"
-                app._after_fork()  # forgets its connections
-                assert [send(app, "add", n, n).get(timeout=PATIENCE) for n in range(4)] == [0, 2, 4, 6]
-                assert len(node.notes.read("hold")) == 1
-                assert node.stop() == 0
-                assert messages((rabbit, results)) == 0
+                yield rabbit, results, node, app
             app.backend.result_consumer.cancel_for = lambda task_id: None
             app.close()
     finally:
         rabbit.stop()
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_what_rabbitmq_delivers_again_is_not_run_twice(alone, tmp_path, ends):
+    """Its task ends before the broker is back, or runs until it has come again."""
+    rabbit, results, node, app = alone
+    running = send(app, "hold", "gate")
+    node.notes.wait("hold")
+    rabbit.kill(signal.SIGTERM)
+    node.await_log("Connection to broker lost")
+    if ends == "before":
+        (tmp_path / "gate").touch()
+        assert running.get(timeout=PATIENCE) == "gate"
+    rabbit.start()
+    if ends == "after":
+        node.await_log("was delivered again to the node that has it")
+        (tmp_path / "gate").touch()
+        assert running.get(timeout=PATIENCE) == "gate"
+    app._after_fork()  # forgets its connections
+    assert [send(app, "add", n, n).get(timeout=PATIENCE) for n in range(4)] == [0, 2, 4, 6]
+    assert len(node.notes.read("hold")) == 1
+    assert node.stop() == 0
+    assert messages((rabbit, results)) == 0
 
 
 @pytest.mark.long
-def test_twenty_restarts_under_load(tmp_path):
+def test_twenty_restarts_under_load(alone):
     """``pytest -n 0 -m long tests/integration/test_rabbitmq.py``: some five minutes."""
-    rabbit = RabbitMQ()
-    try:
+    rabbit, _, node, app = alone
+    for turn in range(20):
+        for _ in range(10):
+            send(app, "nap", 0.05, f"turn {turn}")
+        node.notes.wait("awake", 3, name=f"turn {turn}")
+        rabbit.kill()
         rabbit.start()
-        with Server() as results:
-            config = {"broker_connection_max_retries": None, "broker_connection_retry_on_startup": True}
-            config |= {"task_acks_late": True, "worker_prefetch_multiplier": 1}
-            app = Celery("client", broker=rabbit.broker, backend=results.results, set_as_current=False)
-            with node_on((rabbit, results), tmp_path, "-c", "2", **config) as node:
-                for turn in range(20):
-                    for _ in range(10):
-                        send(app, "nap", 0.05, f"turn {turn}")
-                    node.notes.wait("awake", 3, name=f"turn {turn}")
-                    rabbit.kill()
-                    rabbit.start()
-                    app._after_fork()  # forgets its connections
-                    late = [send(app, "add", turn, n) for n in range(10)]
-                    eventually(lambda late=late: all(result.ready() for result in late), PATIENCE, f"turn {turn}")
-                    assert [result.result for result in late] == [turn + n for n in range(10)]
-                assert len(node.pids("mpworker: worker")) == 2
-            app.backend.result_consumer.cancel_for = lambda task_id: None
-            app.close()
-    finally:
-        rabbit.stop()
+        app._after_fork()  # forgets its connections
+        late = [send(app, "add", turn, n) for n in range(10)]
+        eventually(lambda late=late: all(result.ready() for result in late), PATIENCE, f"turn {turn}")
+        assert [result.result for result in late] == [turn + n for n in range(10)]
+    assert len(node.pids("mpworker: worker")) == 2
