@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -85,6 +86,8 @@ def launch_forked(heirlooms: Iterable[int] = ()) -> tuple[_Forked, socket.socket
     speaks against it, which takes less memory and 0.1 s less, else by ``exec``.
     """
     clean = not forking.risk_of_forking() and not forking.tampered()
+    for module in ("template", "dispatcher") if clean else ("template",):
+        importlib.import_module(f"mpworker.pool.{module}")  # once for all: after the fork each child would do it itself
     _fill_streams()
     ours, theirs = socket.socketpair()
     line, template_end = socket.socketpair()
