@@ -28,7 +28,7 @@ from celery.utils.log import ColorFormatter, get_logger
 from celery.worker import state as worker_state
 
 from mpworker import logs
-from mpworker.celery import hooks, progress, task_log
+from mpworker.celery import hooks, progress, task_log, telemetry
 from mpworker.celery.app import is_default
 from mpworker.celery.async_tasks import run_on_the_loop
 from mpworker.celery.models import register_models
@@ -223,6 +223,7 @@ def enter_service(hostname: str) -> Celery:
 def finish(exitcode: int) -> None:
     """The last thing a worker process does when it leaves in peace."""
     signals.worker_process_shutdown.send(sender=_hostname, pid=os.getpid(), exitcode=exitcode)
+    telemetry.flush()
 
 
 def _set_up_logging(app: Celery, hostname: str) -> None:

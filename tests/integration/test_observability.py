@@ -52,7 +52,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 def init_tracing(**_):
     provider = TracerProvider()
     exporter = OTLPSpanExporter(endpoint=os.environ["OTLP"])
-    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=100))
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=int(os.environ["DELAY"])))
     trace.set_tracer_provider(provider)
     CeleryInstrumentor().instrument()
 """
@@ -64,6 +64,9 @@ class Collector(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.received: list[bytes] = []
+        #: it answers
+        self.open = threading.Event()
+        self.open.set()
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
         self._thread.start()
 
@@ -71,6 +74,7 @@ class Collector(ThreadingHTTPServer):
         return [body for body in self.received if all(word in body for word in words)]
 
     def end(self) -> None:
+        self.open.set()
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -81,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.open.wait(PATIENCE)
         self.server.received.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
         self.send_response(200)
         self.send_header("Content-Length", "2")
@@ -127,10 +132,33 @@ def test_opentelemetry_gets_a_span_of_each_task(method: str, collector: Collecto
     (tmp_path / "watched.py").write_text(APP.format(imports=OPENTELEMETRY))
     address = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     with Server() as server, client_of(server) as client:
-        env = {"BROKER": server.broker, "RESULTS": server.results, "METHOD": method, "OTLP": address}
+        env = {"BROKER": server.broker, "RESULTS": server.results, "METHOD": method, "OTLP": address, "DELAY": "100"}
         with Node(tmp_path / "node", "-c", "2", app="watched", cwd=tmp_path, env=env):
             assert client.send_task("watched.add", args=(1, 2)).get(timeout=PATIENCE) == 3
             with pytest.raises(LookupError):
                 client.send_task("watched.breaks", args=("for the trace",)).get(timeout=PATIENCE)
             eventually(lambda: collector.about(b"run/watched.add"), what="the span of a success")
             eventually(lambda: collector.about(b"run/watched.breaks", b"for the trace"), what="the span of a failure")
+
+
+def test_a_worker_that_leaves_sends_what_it_has_not_sent_yet(collector: Collector, tmp_path: Path) -> None:
+    pytest.importorskip("sentry_sdk")
+    pytest.importorskip("opentelemetry.instrumentation.celery")
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    (tmp_path / "watched.py").write_text(APP.format(imports=SENTRY + OPENTELEMETRY))
+    there = f"127.0.0.1:{collector.server_port}"
+    with Server() as server, client_of(server) as client:
+        env = {"BROKER": server.broker, "RESULTS": server.results, "METHOD": "auto", "SENTRY": f"http://key@{there}/1"}
+        env |= {"OTLP": f"http://{there}/v1/traces", "DELAY": "600000"}
+        options = "-c", "1", "--max-tasks-per-child", "1"
+        with Node(tmp_path / "node", *options, app="watched", cwd=tmp_path, env=env) as node:
+            collector.open.clear()  # Sentry's error is on its way, its transaction waits behind that
+            with pytest.raises(LookupError):
+                client.send_task("watched.breaks", args=("its last words",)).get(timeout=PATIENCE)
+            collector.open.set()
+            assert client.send_task("watched.add", args=(1, 2)).get(timeout=PATIENCE) == 3  # in its successor
+            assert node.stop() == 0
+        assert len(collector.about(b'"type":"event"', b'"LookupError"', b"its last words")) == 1
+        for span in b'"type":"transaction"', b"run/":
+            assert len(collector.about(span, b"watched.breaks")) == 1
+            assert len(collector.about(span, b"watched.add")) == 1
