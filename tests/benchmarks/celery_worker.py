@@ -29,6 +29,8 @@ import support  # noqa: E402
 
 POOLS = ("mpworker", "prefork")
 PROCESSES = 2
+#: Of a node that is larger, for its memory.
+MORE = 8
 PATIENCE = 180.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -54,6 +56,7 @@ TARGETS = {
     "node, us of CPU per no-op": Target("all of its processes together", 0.0),
     "50 late acks, s": Target("with a prefetch of one", 1.0, alone=True),
     "node, MB": Target("proportional set size of all its processes, after all of this", 1.0),
+    f"node of {MORE} processes, MB": Target("the same", 1.0),
 }
 
 
@@ -63,19 +66,20 @@ _WHY = {
     "neither broker nor pool nor result, comes to {bare:.2f}: a sleep takes a little longer than 10 ms, and what "
     "follows it runs in a processor that has slept.",
     "node, MB": "The dispatcher, the template and the shipper are processes that prefork does not have. They share the "
-    "application's memory, however large it is, and write to some 3, 6 and 8 MB of it.",
+    "application's memory, however large it is, and write to some 3, 5 and 8 MB of it. Each worker takes less than a "
+    "child of prefork does, so that from three processes on a node is the smaller one.",
 }
 
 
 class Node:
     """A ``celery worker`` process and its children."""
 
-    def __init__(self, pool: str, folder: Path, more: dict[str, str]) -> None:
+    def __init__(self, pool: str, folder: Path, processes: int, more: dict[str, str]) -> None:
         self.log = folder / "log"
         env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         env |= {"BENCH_POOL": pool, "MPWORKER_DATA_DIR": str(folder / "data"), **more}
         env["PYTHONPATH"] = os.pathsep.join([str(_HERE), *filter(None, sys.path)])
-        command = [sys.executable, "-m", "celery", "-A", "celery_app", "worker", "-l", "INFO", "-c", str(PROCESSES)]
+        command = [sys.executable, "-m", "celery", "-A", "celery_app", "worker", "-l", "INFO", "-c", str(processes)]
         command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         command += ["-P", "prefork"] if pool == "prefork" else []
         with self.log.open("wb") as log:
@@ -136,14 +140,14 @@ def _server() -> Iterator[Any]:
 
 
 @contextmanager
-def _running(pool: str, **more: str) -> Iterator[Running]:
+def _running(pool: str, processes: int = PROCESSES, **more: str) -> Iterator[Running]:
     """A node on a server of its own, and the app as a client of it."""
     with tempfile.TemporaryDirectory() as folder, _server() as server:
         os.environ["BENCH_URL"] = f"redis://127.0.0.1:{server.port}"
         import celery_app
 
         begun = time.monotonic()
-        node = Node(pool, Path(folder), more)
+        node = Node(pool, Path(folder), processes, more)
         try:
             node.await_ready()
             yield Running(node, celery_app, server.client(db=0), server.client(db=1), time.monotonic() - begun)
@@ -207,6 +211,10 @@ def measure(pool: str, counts: dict[str, int]) -> dict[str, float]:
     with _running(pool, BENCH_PREFETCH="1") as running:
         running.run(running.tasks.late, 10)
         found["50 late acks, s"] = running.run(running.tasks.late, 50)
+    with _running(pool, MORE) as running:
+        running.run(running.tasks.noop, counts["no-op"])
+        running.run(running.tasks.nap, counts["10 ms"], 0.01)
+        found[f"node of {MORE} processes, MB"] = running.node.memory()
     return found
 
 
