@@ -178,6 +178,7 @@ class Dispatcher:
             self._apply(*self._sampler.look(self._ledger.quota.running(), now))
         self._nursery.tick(now)
         self._service.tick(now)
+        self._fleet.tick(now)
         self._flush()
 
     def _due(self, now: float) -> bool:
@@ -194,7 +195,8 @@ class Dispatcher:
         if not self._looked:  # the deadlines may be others by now
             return max(0.0, min(self._look_at, self._starts_due) - time.monotonic())
         deadline = self._ledger.next_deadline() if self._listen_until == inf else self._listen_until
-        deadline = min(deadline, self._nursery.deadline, self._service.deadline, self._starts_due)
+        others = self._nursery.deadline, self._service.deadline, self._fleet.deadline
+        deadline = min(deadline, self._starts_due, *others)
         if self._ledger.quota.watched:
             deadline = min(deadline, self._sampler.due)
         patience = min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)

@@ -35,6 +35,8 @@ from mpworker.pool.title import PADDING
 
 #: Seconds that killed processes get to disappear.
 _END_TIMEOUT = 2.0
+#: Seconds after a task's death for which it is looked for what it has left behind, and between two looks.
+_MOURNING, _LOOK_PAUSE = 2.0, 0.05
 _PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
 #: Runs ``main`` of a module of this package. ``-P`` keeps the current folder from shadowing the standard library; the
 #: place this package was imported from comes last, for checkouts that are on ``sys.path`` only.
@@ -234,6 +236,10 @@ class Fleet:
         self._by_pid: dict[int, Crew] = {}
         self._oom = OomCounter()
         self._popens: dict[int, subprocess.Popen[bytes]] = {}
+        #: marks of tasks that have died with their workers, and until when it is looked for what they have started
+        self._dead: dict[int, float] = {}
+        #: when :meth:`tick` is due, by ``time.monotonic()``
+        self.deadline = inf
         #: descriptors that every child inherits
         self.heirlooms: list[int] = []
         #: bytes of what a job says that each worker's page keeps
@@ -367,6 +373,26 @@ class Fleet:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 send(crew.pid, signum)
 
+    def tick(self, now: float) -> None:
+        """Kills what dead tasks have started and what has left its parents: it is our child since. The next generation
+        is when it has lost them in turn."""
+        if now < self.deadline:
+            return
+        self._dead = {mark: until for mark, until in self._dead.items() if now < until}
+        self.deadline = now + _LOOK_PAUSE if self._dead else inf
+        ours = {self.template_pid, *self._by_pid, *self._popens}
+        for pid in linux.children() if self._dead else ():
+            if pid not in ours and linux.mark_of(pid) in self._dead:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _mourn(self, crew: Crew) -> None:
+        """If it has died with a task, or because of that, its children are looked after for a while."""
+        with contextlib.suppress(ValueError):  # the page is closed
+            if mark := crew.page.mark_of_running():
+                self._dead[mark] = time.monotonic() + _MOURNING
+                self.deadline = 0.0
+
     def reap(self) -> Iterable[Exit]:
         """Collects children that have ended; what is left of a worker's group ends with it."""
         while True:
@@ -378,6 +404,7 @@ class Fleet:
                 return
             crew = self._by_pid.pop(info.si_pid, None)
             if crew is not None:
+                self._mourn(crew)
                 # While the leader is a zombie its group's number is ours.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(info.si_pid, signal.SIGKILL)

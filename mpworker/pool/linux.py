@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+#: The limit on a process' file locks, which no kernel has looked at since 2.4.
+_RLIMIT_LOCKS = 10
 #: NVIDIA's and AMD's.
 _GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
 
@@ -88,6 +91,24 @@ def give_back_memory() -> bool:
         return bool(ctypes.CDLL(None).malloc_trim(0))
     except (ImportError, OSError, AttributeError):  # only glibc has that
         return False
+
+
+def mark(number: int) -> bool:
+    """Marks what this process starts from now on, and what that starts in turn: whatever becomes of it, another parent,
+    session, program, environment or title, it inherits a limit that means nothing else."""
+    try:
+        resource.setrlimit(_RLIMIT_LOCKS, (number, resource.getrlimit(_RLIMIT_LOCKS)[1]))
+    except (OSError, ValueError, OverflowError):
+        return False
+    return sys.platform.startswith("linux")
+
+
+def mark_of(pid: int) -> int:
+    """What :func:`mark` has marked a process with; less than 0 for nothing, and where that cannot be told."""
+    try:
+        return resource.prlimit(pid, _RLIMIT_LOCKS)[0]
+    except (OSError, AttributeError):
+        return -1
 
 
 def children() -> list[int]:

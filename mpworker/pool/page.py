@@ -29,7 +29,7 @@ SHEETS = 8
 _RECORD = struct.Struct("=QIIdd")
 _WHO = struct.Struct("=Qd")
 # Cells of 8 bytes at the start of the page.
-_JOB, _STARTED, _STARTS, _WORKER, _PID, _SENT, _HEARD = range(7)
+_JOB, _STARTED, _STARTS, _WORKER, _PID, _SENT, _HEARD, _MARK = range(8)
 # Results are collected on one sheet while the others still hold those that were sent last: on each so many.
 _COUNT, _RING = 8, 16
 #: The jobs that were started last: more than can be on their way to the parent.
@@ -121,6 +121,10 @@ class Page:
         self._times[_STARTED] = started
         cells[_JOB] = job
 
+    def mark(self, number: int) -> None:
+        """What the next job starts is marked with that (:func:`mpworker.pool.linux.mark`)."""
+        self._cells[_MARK] = number
+
     def end(self) -> None:
         """It is over and its result has been written, or is about to be sent."""
         self._cells[_JOB] = 0
@@ -186,6 +190,10 @@ class Page:
     def running(self) -> tuple[int, float]:
         """The job that runs, or 0, and when it started."""
         return self._cells[_JOB], self._times[_STARTED]
+
+    def mark_of_running(self) -> int:
+        """The mark of what the job that runs has started; 0 if none runs."""
+        return self._cells[_MARK] if self._cells[_JOB] else 0
 
     def left(self) -> list[Frame]:
         """What a dead worker had sent last, and what it had not sent."""

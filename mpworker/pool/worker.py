@@ -63,6 +63,10 @@ _new = tuple.__new__
 _HAND_BACK = Watchdog.HAND_BACK
 #: Seconds below which the memory that a job has used may be told with the job behind it.
 _LITTLE = 0.0005
+#: Marks a second at most: no job that has started a process ends sooner.
+_MARKS = 1000
+_MOMENT_BITS = 40
+_MOMENT_MASK = (1 << _MOMENT_BITS) - 1
 
 
 class Current:
@@ -124,6 +128,7 @@ class Worker:
         self._leaving = False
         self._interruptible = False
         self._pid = os.getpid()
+        self._moment = -1  # that the last mark was made at
         #: seconds between two words on a job's progress
         self.progress_pause = _PROGRESS_PAUSE
         #: hears each of those words as well: job, done, total, message; in any thread
@@ -302,6 +307,8 @@ class Worker:
         if flag & RATIONED and (self._kept or started > self._read_at + _READ_PAUSE):
             self._tell_kept(started)
         page = self.page
+        if (moment := int(started * _MARKS)) != self._moment:
+            self._mark(moment)
         if not quiet:
             self.send(encode(Kind.STARTED, job, a=started))
         page.begin(job, started)  # last: if the line is gone, the one before has done that, and this one has not begun
@@ -360,6 +367,11 @@ class Worker:
             self._sent_at = ran.started
             self.send()
         return True
+
+    def _mark(self, moment: int) -> None:
+        """Each job marks what it starts as its own, so that nothing of it outlives the job's violent end."""
+        self._moment, number = moment, self._pid << _MOMENT_BITS | moment & _MOMENT_MASK
+        self.page.mark(number if linux.mark(number) else 0)
 
     def announce(self) -> None:
         """Tells the dispatcher that the current job runs, if it does not know. In any thread."""

@@ -216,7 +216,7 @@ def test_killing_the_template_costs_nothing(method: str) -> None:
         os.kill(template, signal.SIGKILL)
         os.kill(workers[0], signal.SIGKILL)
         assert [pool.submit(support.give, number).result(PATIENCE) for number in range(10)] == list(range(10))
-        assert workers[0] not in full(pool)
+        wait_until(lambda: workers[0] not in full(pool), what="it is dead, and replaced")
 
 
 def test_a_template_that_hangs_is_replaced() -> None:

@@ -18,7 +18,7 @@ import pytest
 import support
 from support import PATIENCE, SLACK, Signpost, wait_until
 
-from mpworker import ProcessPool, RemoteTraceback, SoftTimeLimitExceeded, TimeLimitExceeded
+from mpworker import ProcessPool, RemoteTraceback, SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLost
 
 LIMIT = 0.5
 MONTH = 30 * 86400.0
@@ -77,6 +77,69 @@ def test_sessions_of_their_own_end_with_the_task(pool: ProcessPool, how: str, tm
             future.result(PATIENCE)
     wait_until(lambda: not any(map(support.alive, strays)), what="nobody is left")
     assert pool.submit(support.give, 1).result(PATIENCE) == 1
+
+
+def start_daemons(log: Path, how: str) -> None:
+    """Two processes that have left their parents: a program, and a mere fork of this one; the first has a child."""
+    command = "setsid env -i sh -c 'sleep 60 & echo $$ $!; wait' & wait $!"
+    with (log.parent / "told").open("w") as told:
+        subprocess.Popen(["sh", "-c", f"({command}) & exit"], stdout=told).wait()
+    middle = os.fork()
+    if middle == 0:
+        os.setsid()
+        if os.fork() == 0:
+            (log.parent / "fork").write_text(str(os.getpid()))
+            time.sleep(60)
+        os._exit(0)
+    os.waitpid(middle, 0)
+    support.wait_until(lambda: (log.parent / "told").read_text().endswith("\n"), what="it has said who it is")
+    support.wait_until(lambda: (log.parent / "fork").exists() and (log.parent / "fork").read_text(), what="so has this")
+    support.append(log, (log.parent / "told").read_text().strip() + " " + (log.parent / "fork").read_text())
+    if how == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "exit":
+        os._exit(0)
+    if how != "end":
+        hold_the_gil() if how == "dispatcher" else support.sleep()
+
+
+@pytest.mark.parametrize("how", ["watchdog", "dispatcher", "cancel", "crash", "exit"])
+def test_daemons_end_with_the_task(pool: ProcessPool, how: str, tmp_path: Path) -> None:
+    log, others = tmp_path / "log", tmp_path / "others"
+    others.mkdir()
+    bystanders = pool.schedule(start_daemons, (others / "log", "cancel"))
+    wait_until((others / "log").exists, what="others have been started")
+    future = pool.schedule(start_daemons, (log, how), timeout=2.0 if how in ("watchdog", "dispatcher") else PATIENCE)
+    wait_until(lambda: log.exists() and support.lines(log), what="they have been started")
+    daemons = [int(pid) for line in support.lines(log) for pid in line.split()]
+    assert len(daemons) == 3
+    if how == "cancel":
+        future.cancel()
+    else:
+        with pytest.raises(WorkerLost if how in ("crash", "exit") else TimeLimitExceeded):
+            future.result(PATIENCE)
+    wait_until(lambda: not any(map(support.alive, daemons)), what="nobody is left")
+    left = [int(pid) for line in support.lines(others / "log") for pid in line.split()]
+    assert all(map(support.alive, left))
+    bystanders.cancel()
+    wait_until(lambda: not any(map(support.alive, left)), what="nor of the others")
+
+
+def test_daemons_of_a_task_that_has_ended_live_on_until_the_pool_ends(tmp_path: Path) -> None:
+    logs = [tmp_path / str(number) / "log" for number in range(5)]
+    with ProcessPool(1, **READY) as pool:  # type: ignore[arg-type]
+        for log in logs:
+            log.parent.mkdir()
+            pool.submit(start_daemons, log, "end")
+            next_one = pool.schedule(os.abort)  # at once
+            with pytest.raises(WorkerLost):
+                next_one.result(PATIENCE)
+        with pytest.raises(TimeLimitExceeded):
+            pool.schedule(support.sleep, timeout=LIMIT).result(PATIENCE)
+        daemons = [int(pid) for log in logs for line in support.lines(log) for pid in line.split()]
+        assert len(daemons) == 15
+        assert all(map(support.alive, daemons))
+    wait_until(lambda: not any(map(support.alive, daemons)), what="nobody is left")
 
 
 def spin() -> None:
