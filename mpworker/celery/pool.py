@@ -564,13 +564,18 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return int(self.limit)
 
     def grow(self, n: int = 1) -> None:
+        """Raises:
+        ValueError: that is no number of processes to add.
+        """
+        if n < 0:
+            raise ValueError(f"cannot add {n} processes; pool_shrink takes some away")
         self._resize(self.limit + n)
 
     def shrink(self, n: int = 1) -> None:
         """Raises:
-        ValueError: there are not that many.
+        ValueError: there are not that many, or it is no such number.
         """
-        if n > self.limit:
+        if not 0 <= n <= self.limit:
             raise ValueError(f"cannot take {n} of {self.limit} processes away")
         self._resize(self.limit - n)
 

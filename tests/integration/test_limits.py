@@ -187,7 +187,8 @@ def test_the_pool_grows_and_shrinks_on_demand(tmp_path):
             4,
             5,
         ]
-        assert "error" in control(client, node, "pool_shrink", n=5)
+        for command, n in ("pool_shrink", 5), ("pool_shrink", -1), ("pool_grow", -1):
+            assert "cannot" in control(client, node, command, n=n)["error"]
 
 
 def test_autoscale(tmp_path):
