@@ -38,16 +38,19 @@ def main(argv: list[str]) -> None:
         _become_server(int(argv[1]), Path(argv[2]), argv[3])
     if os.fork():
         os._exit(0)  # the guard belongs to init, so that no user has to reap it
-    _set_title()
+    _stand_alone()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     sys.exit(Guard(Path(argv[1]), argv[2]).run(float(argv[3])))
 
 
-def _set_title() -> None:
+def _stand_alone() -> None:
+    """Under a title of its own; and not as part of a task that happens to be its first user, and to end with that."""
+    from mpworker.pool.linux import mark
     from mpworker.pool.title import set_title
 
     set_title("mpworker: valkey guard")
+    mark(-1)
 
 
 class Guard:

@@ -387,7 +387,7 @@ class Fleet:
                     os.kill(pid, signal.SIGKILL)
 
     def _mourn(self, crew: Crew) -> None:
-        """If it has died with a task, or because of that, its children are looked after for a while."""
+        """If a worker has died with its task, it is looked for a while for what that has started."""
         with contextlib.suppress(ValueError):  # the page is closed
             if mark := crew.page.mark_of_running():
                 self._dead[mark] = time.monotonic() + _MOURNING

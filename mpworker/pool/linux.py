@@ -95,16 +95,22 @@ def give_back_memory() -> bool:
 
 def mark(number: int) -> bool:
     """Marks what this process starts from now on, and what that starts in turn: whatever becomes of it, another parent,
-    session, program, environment or title, it inherits a limit that means nothing else."""
+    session, program, environment or title, it inherits a limit that means nothing else.
+
+    Args:
+        number: the mark; -1 to be without one again.
+    """
+    if not sys.platform.startswith("linux"):  # elsewhere that limit is another one
+        return False
     try:
         resource.setrlimit(_RLIMIT_LOCKS, (number, resource.getrlimit(_RLIMIT_LOCKS)[1]))
     except (OSError, ValueError, OverflowError):
         return False
-    return sys.platform.startswith("linux")
+    return True
 
 
 def mark_of(pid: int) -> int:
-    """What :func:`mark` has marked a process with; less than 0 for nothing, and where that cannot be told."""
+    """What :func:`mark` has marked a process with; -1 for nothing, and where that cannot be told."""
     try:
         return resource.prlimit(pid, _RLIMIT_LOCKS)[0]
     except (OSError, AttributeError):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mpworker import embedded
-from mpworker.errors import ConfigurationError
+from mpworker import ProcessPool, embedded
+from mpworker.errors import ConfigurationError, WorkerLost
+from mpworker.pool import linux
 
 USER = """
 import sys
@@ -207,6 +208,26 @@ def test_a_killed_guard_takes_the_server_along_and_the_next_user_starts_both_ane
     assert ask(data_dir, "GET", "key") == "$4\r\nkept\r\n"
     [(new, _)] = servers(data_dir)
     assert new != pid
+
+
+def hold_until_shared(data_dir):
+    embedded.acquire(data_dir)
+    until((data_dir / "shared").exists)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_has_started_it_and_dies_leaves_it_to_its_other_users(data_dir, users):
+    with ProcessPool(1) as pool:
+        future = pool.submit(hold_until_shared, data_dir)
+        assert until(lambda: servers(data_dir))
+        users.add()
+        before = servers(data_dir)
+        (data_dir / "shared").touch()
+        with pytest.raises(WorkerLost):
+            future.result(10)
+        assert pool.submit(os.getpid).result(10)
+        assert servers(data_dir) == before
+        assert [linux.mark_of(pid) for pid in before[0]] == [-1, -1]  # nor is there any need to wait for later looks
 
 
 def test_a_server_that_crashes_is_started_again(data_dir, users):
