@@ -67,7 +67,9 @@ def describe_app(app: Celery) -> AppSpec:
     app = app._get_current_object() if hasattr(app, "_get_current_object") else app
     place = _place_of(app)
     pickled = b"" if place else pack(app, "the app, which is in no module where a worker process could find it,")
-    changes = {key: value for key, value in app.conf.changes.items() if _can_travel(value)}
+    # What is pickled of an app is not all that it has been set to.
+    changes = app.conf.changes if place else app.conf.table(censored=False)
+    changes = {key: value for key, value in changes.items() if _can_travel(value)}
     return AppSpec(place, pickled, changes, tuple(app.conf.include or ()))
 
 
@@ -140,7 +142,7 @@ def _find(spec: AppSpec) -> Celery:
     if spec.place is None:
         os.environ["FORKED_BY_MULTIPROCESSING"] = "1"  # what Celery looks at when tasks bind to an app that was pickled
         app_base.USING_EXECV = True
-        return pickle.loads(spec.pickled)
+        return _change(pickle.loads(spec.pickled), spec)
     module, attribute = spec.place
     try:
         app = getattr(import_module(module), attribute)
@@ -149,7 +151,10 @@ def _find(spec: AppSpec) -> Celery:
             f"importing {module} does not make the app {attribute!r} there: define it at the top level of a module, "
             "not under 'if __name__', or set mpworker_start_method to fork"
         ) from None
-    app = app._get_current_object() if hasattr(app, "_get_current_object") else app
+    return _change(app._get_current_object() if hasattr(app, "_get_current_object") else app, spec)
+
+
+def _change(app: Celery, spec: AppSpec) -> Celery:
     for key, value in spec.changes.items():
         if app.conf.get(key) != value:
             app.conf[key] = value

@@ -45,7 +45,7 @@ from mpworker.celery.queueing import mark_what_is_received
 from mpworker.celery.slot_env import slot_env_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
-from mpworker.celery.start import start_method_of
+from mpworker.celery.start import embedded, start_method_of
 from mpworker.celery.unacked import Unacked
 from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
@@ -227,15 +227,17 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _start_processes(self) -> None:
         options = self.handle.options
-        local = child.local_tasks(self.app) if child.describe_app(self.app).place is None else []
-        self._start_method = method = start_method_of(self._settings, local)
+        unplaced = child.describe_app(self.app).place is None
+        local = child.local_tasks(self.app) if unplaced else ()
+        self._start_method = method = start_method_of(self._settings, unplaced=unplaced, local=local)
         if method == "fork":
             child.adopt(self.app)
-            if not local:  # the program itself: what is there now stays, and is shared while nobody looks through it
+            if not embedded():  # the program itself: what is there now stays, and is shared while nobody looks at it
                 gc.freeze()
         self.handle.options = options._replace(start_method=method)
         self.handle.start()
-        if method == "fork" and not local:  # not a second time, for another dispatcher: this process will have threads
+        # Not once more, for another dispatcher: there are threads by then.
+        if method == "fork" and not (unplaced or embedded()):
             self.handle.options = options
 
     def _await_ready(self) -> None:

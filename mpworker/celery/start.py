@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 
 from mpworker.pool.forking import risk_of_forking
@@ -15,11 +16,18 @@ from mpworker.settings import Settings
 logger = logging.getLogger("mpworker.pool")
 
 
-def start_method_of(settings: Settings, local: Sequence[str] = ()) -> str:
-    """The start method for the main process as it is now; to be asked right before the processes are started.
+def embedded() -> bool:
+    """The worker runs in a thread of a program, a test as a rule: what that has made of the app, no import does."""
+    return threading.current_thread() is not threading.main_thread()
+
+
+def start_method_of(settings: Settings, *, unplaced: bool = False, local: Sequence[str] = ()) -> str:
+    """The start method for the main process as it is now; to be asked right before the processes are started, in the
+    thread that starts them.
 
     Args:
-        local: names of tasks that no import makes again, of an app that no import finds.
+        unplaced: no import finds the app.
+        local: names of tasks of such an app that no import makes again.
     """
     method = settings.start_method
     if method != "auto":
@@ -33,9 +41,11 @@ def start_method_of(settings: Settings, local: Sequence[str] = ()) -> str:
     if settings.worker_env is not None:
         logger.info("start method forkserver: with mpworker_worker_env each worker imports the application by itself")
         return "forkserver"
-    if local:  # a test's app, say
-        why = "the app is in no module that a worker process could import, and %s is local"
-        logger.info(f"start method fork: {why}", local[0])
+    if embedded():
+        logger.info("start method fork: the worker runs in a thread of a program, and its processes are copies of that")
+        return "fork"
+    if unplaced:
+        logger.info("start method fork: the app is in no module that a worker process could import")
         return "fork"
     if not sys.platform.startswith("linux"):  # where there is no template either, as nobody adopts orphans
         return "auto"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import support
 from celery import Celery
+from celery.contrib.testing.app import TestApp, setup_default_app
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from integration.node import POOL, Server
@@ -56,3 +62,97 @@ def test_one_worker_after_the_other(app: Celery) -> None:
     for _ in range(2):
         with start_worker(app, pool=POOL, concurrency=1, perform_ping_check=False):
             assert [double.delay(number).get(timeout=30) for number in range(3)] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("method", "expected"), [("auto", "fork"), ("spawn", "spawn"), ("forkserver", "forkserver")])
+def test_the_app_that_celery_makes_for_tests_whose_settings_only_it_knows(method: str, expected: str) -> None:
+    """With the ping that :func:`start_worker` sends first, and a second worker after the first one."""
+    with Server() as server:
+        config = {"broker_url": server.broker, "result_backend": server.results, "mpworker_start_method": method}
+        app = TestApp(set_as_current=False, config=config)
+        with setup_default_app(app):
+            app.set_default()
+            app.set_current()
+            importlib.import_module("celery.contrib.testing.tasks")
+            for _ in range(2):
+                with start_worker(app, pool=POOL) as worker:
+                    assert worker.pool.handle.options.start_method == expected
+
+
+PROJECT = """
+from celery import Celery
+
+app = Celery("proj")
+setting = "as it was imported"
+
+@app.task
+def who():
+    import os
+    return os.getpid(), setting
+"""
+TESTS = """
+import os
+import proj
+import pytest
+from celery import shared_task
+
+@pytest.fixture(scope="session")
+def celery_config():
+    return {"broker_url": os.environ["BROKER"], "result_backend": os.environ["RESULTS"]}
+
+@pytest.fixture(scope="session")
+def celery_worker_pool():
+    return os.environ["POOL"]
+
+@shared_task
+def double(number):
+    return 2 * number
+
+def test_the_fixture_for_one_test(celery_app, celery_worker):
+    assert [double.delay(number).get(timeout=30) for number in range(5)] == [0, 2, 4, 6, 8]
+
+@pytest.fixture
+def theirs(monkeypatch):
+    monkeypatch.setattr(proj, "setting", "patched")
+    proj.app.conf.update(broker_url=os.environ["BROKER"], result_backend=os.environ["RESULTS"])
+
+def test_an_app_in_a_module_with_what_the_test_has_patched_and_defines(theirs, celery_worker_pool):
+    from celery.contrib.testing.worker import start_worker
+
+    @proj.app.task
+    def local(text):
+        return text.upper()
+
+    with start_worker(proj.app, pool=celery_worker_pool, perform_ping_check=False):
+        pid, seen = proj.who.delay().get(timeout=30)
+        assert (pid != os.getpid(), seen) == (True, "patched")
+        assert local.delay("a").get(timeout=30) == "A"
+"""
+SESSION_TESTS = """
+from test_one import celery_config, celery_worker_pool, double
+
+def test_first(celery_session_worker):
+    assert double.delay(1).get(timeout=30) == 2
+
+def test_second(celery_session_worker):
+    assert double.delay(2).get(timeout=30) == 4
+"""
+
+
+def test_celerys_fixtures_in_a_pytest_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "proj.py").write_text(PROJECT)
+    (tmp_path / "test_one.py").write_text(TESTS)
+    (tmp_path / "test_two.py").write_text(SESSION_TESTS)
+    with Server() as server:
+        env = os.environ | {"BROKER": server.broker, "RESULTS": server.results, "POOL": POOL}
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "celery.contrib.pytest", "-p", "no:cacheprovider", "."],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=support.PATIENCE * 4,
+            check=False,
+        )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "4 passed" in run.stdout

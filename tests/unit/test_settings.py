@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,13 @@ def test_with_variables_each_worker_imports_the_application_by_itself(
     monkeypatch.setattr(start, "risk_of_forking", lambda: risk)
     assert start_method_of(load(mpworker_worker_env=env)) == method
     assert start_method_of(load(mpworker_worker_env=env, mpworker_start_method="spawn")) == "spawn"
+
+
+@pytest.mark.parametrize("where", ["an app in no module", "a worker in a thread"])
+def test_what_only_this_process_has_is_forked_whatever_its_threads(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "risk_of_forking", lambda: "has 2 threads")
+    if where == "an app in no module":
+        assert start_method_of(load(), unplaced=True) == "fork"
+    else:
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(start_method_of, load()).result() == "fork"
