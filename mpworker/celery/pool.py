@@ -67,6 +67,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: Seconds for which a restart that only this process can make waits for tasks to end.
+_RENEWAL_PATIENCE = 1.0
 #: Seconds that the other workers get once the first one is ready, so that "ready" means all of them if they are few.
 _READY_TOGETHER = 1.0
 #: More slots than anybody could wait for.
@@ -131,6 +133,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._stops = False
         self.handle: handles.Handle = self._make_handle()
         self._start_method = ""
+        #: what the workers are made of is in this process only
+        self._only_here = False
+        #: where Celery's event loop runs
+        self._loop_thread: threading.Thread | None = None
         self._loop = LoopLink(self.handle, self._pump)
         self._wakeup = SignalWakeup()
         self._gate = SignalGate()
@@ -228,6 +234,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _start_processes(self) -> None:
         options = self.handle.options
         unplaced = child.describe_app(self.app).place is None
+        self._only_here = unplaced or embedded()
         local = child.local_tasks(self.app) if unplaced else ()
         self._start_method = method = start_method_of(self._settings, unplaced=unplaced, local=local)
         if method == "fork":
@@ -237,7 +244,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.handle.options = options._replace(start_method=method)
         self.handle.start()
         # Not once more, for another dispatcher: there are threads by then.
-        if method == "fork" and not (unplaced or embedded()):
+        if method == "fork" and not self._only_here:
             self.handle.options = options
 
     def _await_ready(self) -> None:
@@ -395,6 +402,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called before the node says that it is ready, and after each reconnect of the broker."""
+        self._loop_thread = threading.current_thread()
         self._loop.connect(hub)
         self._wakeup.connect(hub)
         if not self.handle.ready:
@@ -545,17 +553,27 @@ class TaskPool(BasePool):  # type: ignore[misc]
     # -- size ----------------------------------------------------------------------------------------------------
 
     def restart(self) -> None:
-        """``pool_restart``: every process is replaced once its task is done, and loads the application anew."""
+        """``pool_restart``: every process is replaced once its task is done, and loads the application anew. Where that
+        is in this process only, they are copied from it once more, if nothing runs: all at once."""
+        is_copied = self.handle.options.start_method == "fork" and (self._only_here or child.local_tasks(self.app))
+        deadline = time.monotonic() + _RENEWAL_PATIENCE
+        while is_copied and time.monotonic() < deadline:
+            if self.handle.renew():
+                return
+            if threading.current_thread() is self._loop_thread:
+                self._step(0.01)
+            else:  # a test's, which would call back beside the loop
+                time.sleep(0.01)
         modules = {task.__module__ for name, task in self.app.tasks.items() if not name.startswith("celery.")}
         try:
-            spec, description = self._describe(sorted(modules - {"__main__"}))
+            description = self._describe(sorted(modules - {"__main__"}))[1]
         except PayloadError as exc:
             logger.error("the pool is not restarted: %s", exc)
             return
-        if self.handle.options.start_method == "fork" and (spec.place is None or child.local_tasks(self.app)):
+        if is_copied:
             logger.warning(
-                "pool_restart: the app is in no module that a worker process could import; its processes are replaced, "
-                "but with the code that this node was started with"
+                "pool_restart: the application as it is now is in this process only, and tasks run: processes are "
+                "replaced once theirs is done, but with the code that this node was started with"
             )
             description = {}
         self.handle.restart(**description)

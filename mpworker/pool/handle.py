@@ -151,6 +151,7 @@ class Handle:
         self._line: socket.socket | None = None
         self._closing: Kind | None = None
         self._restarts = 0
+        self._renews = False
         self._size = options.size
         self._flushed = self._flush_asked = 0
 
@@ -298,6 +299,19 @@ class Handle:
         if description:
             self._boot = booting.describe(label=self.options.label, heirlooms=self._heirlooms, **description)
         self._send(encode(Kind.RESTART, body=self._boot if description else b""))
+
+    def renew(self) -> bool:
+        """Another dispatcher, made of this process as it is now where the start method is "fork", and with it workers.
+
+        Returns:
+            ``False`` if there is something that this would cost its process; nothing has been done then.
+        """
+        with self._mutex:
+            if self._sent or self._hooked or self._process is None or self.finished:
+                return False
+            self._renews = True  # before it ends: another thread may be hearing it
+            self._process.kill()
+        return True
 
     def _send(self, *pieces: bytes) -> None:
         self._gather()
@@ -512,14 +526,16 @@ class Handle:
             self._let_go()
             return
         self._flushed = self._flush_asked
-        self._restarts += 1
+        renews, self._renews = self._renews, False
+        self._restarts += not renews
         if self._restarts > (_MAX_KILLS if code == -signal.SIGKILL else _MAX_RESTARTS):
             self.finished = True
             self._let_go()
             yield Frame(Kind.BROKEN, body=f"the dispatcher died {self._restarts} times in a row, exit {code}".encode())
             return
-        logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
-        time.sleep(_PAUSES[min(self._restarts, len(_PAUSES)) - 1])
+        if not renews:
+            logger.error("the dispatcher died (exit %s); a new one takes over %d unstarted jobs", code, len(self._sent))
+            time.sleep(_PAUSES[min(self._restarts, len(_PAUSES)) - 1])
         with self._mutex:
             if self.finished:  # killed meanwhile
                 return

@@ -18,6 +18,9 @@ from celery.contrib.testing.worker import start_worker
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from integration.node import POOL, Server
 
+from mpworker.celery import pool
+from mpworker.pool import handle
+
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[Celery]:
@@ -62,6 +65,44 @@ def test_one_worker_after_the_other(app: Celery) -> None:
     for _ in range(2):
         with start_worker(app, pool=POOL, concurrency=1, perform_ping_check=False):
             assert [double.delay(number).get(timeout=30) for number in range(3)] == [0, 2, 4]
+
+
+def test_a_restart_beside_a_running_task_spares_it(
+    app: Celery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process has what cannot be copied: the others follow with what they were made of, and a warning."""
+    gate = tmp_path / "gate"
+    warnings: list[str] = []
+    errors: list[tuple[object, ...]] = []
+    monkeypatch.setattr(pool.logger, "warning", warnings.append)
+    monkeypatch.setattr(handle.logger, "error", lambda *args: errors.append(args))
+
+    @app.task(shared=False)
+    def hold() -> int:
+        gate.with_suffix(".here").touch()
+        while not gate.exists():
+            time.sleep(0.01)
+        return os.getpid()
+
+    @app.task(shared=False)
+    def whose() -> int:
+        return os.getpid()
+
+    with start_worker(app, pool=POOL, concurrency=1, perform_ping_check=False) as worker:
+        dispatcher, first = worker.pool.handle.pid, whose.delay().get(timeout=30)
+        held = hold.delay()
+        support.wait_until(gate.with_suffix(".here").exists, what="it runs")
+        worker.pool.restart()
+        assert "this process only, and tasks run" in "".join(warnings)
+        gate.touch()
+        assert held.get(timeout=30) == first
+        assert whose.delay().get(timeout=30) != first
+        assert worker.pool.handle.pid == dispatcher
+
+        worker.pool.restart()
+        support.wait_until(lambda: worker.pool.handle.pid != dispatcher, what="another dispatcher")
+        assert whose.delay().get(timeout=30)
+        assert not errors
 
 
 @pytest.mark.parametrize(("method", "expected"), [("auto", "fork"), ("spawn", "spawn"), ("forkserver", "forkserver")])
@@ -111,6 +152,16 @@ def double(number):
 def test_the_fixture_for_one_test(celery_app, celery_worker):
     assert [double.delay(number).get(timeout=30) for number in range(5)] == [0, 2, 4, 6, 8]
 
+def test_a_task_that_is_defined_while_it_runs(celery_app, celery_worker):
+    @celery_app.task
+    def triple(number):
+        return 3 * number
+
+    pid = celery_worker.pool.handle.pid
+    celery_worker.reload()
+    assert [triple.delay(number).get(timeout=30) for number in range(3)] == [0, 3, 6]
+    assert celery_worker.pool.handle.pid != pid
+
 @pytest.fixture
 def theirs(monkeypatch):
     monkeypatch.setattr(proj, "setting", "patched")
@@ -155,4 +206,4 @@ def test_celerys_fixtures_in_a_pytest_of_their_own(tmp_path: Path) -> None:
             check=False,
         )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "4 passed" in run.stdout
+    assert "5 passed" in run.stdout
