@@ -80,12 +80,26 @@ _MAY_CANCEL_QUIETLY = "emit_retry" in inspect.signature(Request.cancel).paramete
 class Job:
     """One message in the pool: what Celery wants to hear about it."""
 
-    __slots__ = ("__weakref__", "_echo", "callbacks", "id", "log", "name", "pid", "pool", "task_id", "terminated")
+    __slots__ = (
+        "__weakref__",
+        "_echo",
+        "callbacks",
+        "id",
+        "limits",
+        "log",
+        "name",
+        "pid",
+        "pool",
+        "task_id",
+        "terminated",
+    )
 
     def __init__(self, pool: TaskPool, callbacks: Mapping[str, Callable[..., Any]], name: str, task_id: str) -> None:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
         self.id = pool.handle.next_id()
         self.pid = 0
+        #: soft and hard, in seconds, as they were given: whoever is told of 1 is not to read 1.0
+        self.limits: tuple[float, float] = 0, 0
         #: what it had said when it ended
         self.log = b""
         self.terminated = self._echo = 0
@@ -386,6 +400,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             soft, hard = limits_of(self.app.tasks.get(name), args[2], self._timeouts)
         else:
             soft, hard = soft_timeout or self._timeouts[0], timeout or self._timeouts[1]
+        job.limits = soft, hard
         self.handle.submit(job.id, body, soft=soft, hard=hard)
         self._loop.watch_writing()
         return job
@@ -485,7 +500,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
         elif kind is Kind.SOFT:
-            self._call(job, "timeout_callback", soft=True, timeout=frame.a)
+            self._call(job, "timeout_callback", soft=True, timeout=job.limits[0] or frame.a)
         elif kind is Kind.PROGRESS:
             progress.send_event(job.callbacks.get("accept_callback"), frame)
         elif kind is Kind.DONE:
@@ -502,7 +517,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         job.log = frame.extra
         if state is JobState.TIMED_OUT:
             # timeout_callback does all of it; calling error_callback too would do it twice.
-            self._end(job, "timeout_callback", soft=False, timeout=facts["limit"])
+            self._end(job, "timeout_callback", soft=False, timeout=job.limits[1] or facts["limit"])
         elif state is JobState.CANCELLED and "signal" not in facts:
             self._end(job, "taken_back")  # no callback has that name: its message is the broker's again
         elif state is JobState.CANCELLED:
