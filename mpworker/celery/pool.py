@@ -523,7 +523,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif state is JobState.CANCELLED:
             self._end(job, "error_callback", _einfo(Terminated(job.terminated), "terminated"))
         else:
-            text = f"Worker exited prematurely: {open_outcome(frame.flag, frame.body)[1]}"
+            text = _obituary(open_outcome(frame.flag, frame.body)[1])
             self._end(job, "error_callback", _einfo(self._judge(job, WorkerLostError(text)), text))
             if (task := self.app.tasks.get(job.name)) is not None:
                 self._hooks.lost(task, job.task_id)
@@ -704,6 +704,12 @@ def _left(exc: BaseException) -> BaseException:
         f"Worker exited prematurely: {human_status(code) if isinstance(code, int) else code}."
     )
     return lost
+
+
+def _obituary(lost: Any) -> str:
+    """What prefork says of a lost worker, for those who look for its words, and what else is known."""
+    code = -lost.signal if getattr(lost, "signal", None) else getattr(lost, "exitcode", None)
+    return f"Worker exited prematurely: {lost if code is None else f'{human_status(code)}: {lost}'}"
 
 
 def _einfo(exc: BaseException, text: str = "") -> ExceptionInfo:
