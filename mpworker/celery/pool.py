@@ -250,7 +250,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         unplaced = child.describe_app(self.app).place is None
         self._only_here = unplaced or embedded()
         local = child.local_tasks(self.app) if unplaced else ()
-        self._start_method = method = start_method_of(self._settings, unplaced=unplaced, local=local)
+        self._start_method = method = start_method_of(
+            self._settings, forks=self.forking_enable, unplaced=unplaced, local=local
+        )
         if method == "fork":
             child.adopt(self.app)
             if not embedded():  # the program itself: what is there now stays, and is shared while nobody looks at it

@@ -21,15 +21,21 @@ def embedded() -> bool:
     return threading.current_thread() is not threading.main_thread()
 
 
-def start_method_of(settings: Settings, *, unplaced: bool = False, local: Sequence[str] = ()) -> str:
+def start_method_of(
+    settings: Settings, *, forks: bool = True, unplaced: bool = False, local: Sequence[str] = ()
+) -> str:
     """The start method for the main process as it is now; to be asked right before the processes are started, in the
     thread that starts them.
 
     Args:
+        forks: what Celery's own setting, ``worker_pool_start_method``, has to say.
         unplaced: no import finds the app.
         local: names of tasks of such an app that no import makes again.
     """
     method = settings.start_method
+    if method == "auto" and not forks:
+        logger.info("start method spawn: worker_pool_start_method says so")
+        method = "spawn"
     if method != "auto":
         if local and method != "fork":
             logger.error(

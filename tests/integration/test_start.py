@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import celery
 import pytest
 from integration.node import PATIENCE, Node, Server, ask, client_of, eventually
 
@@ -81,6 +82,14 @@ def test_a_main_process_with_one_thread_is_forked_as_prefork_does(mint: Callable
     os.kill(worker, signal.SIGKILL)
     eventually(lambda: len(set(node.pids("mpworker: worker")) - {worker}) == 2, what="a replacement")
     assert know(client) == found
+
+
+@pytest.mark.skipif(celery.VERSION < (5, 7), reason="a setting of Celery 5.7")
+def test_celerys_own_setting_counts(mint: Callable[..., tuple[Node, Any]]) -> None:
+    node, client = mint("\napp.conf.worker_pool_start_method = 'spawn'\n")
+    assert know(client) == {"model": None, "forked": None, "pool": False, "loaded_here": True}
+    assert said(node) == ["spawn: worker_pool_start_method says so"]
+    assert not node.pids("mpworker: template")
 
 
 def test_a_lost_template_is_replaced_by_one_that_loads_the_application(

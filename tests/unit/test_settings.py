@@ -205,6 +205,12 @@ def test_with_variables_each_worker_imports_the_application_by_itself(
     assert start_method_of(load(mpworker_worker_env=env, mpworker_start_method="spawn")) == "spawn"
 
 
+def test_who_has_told_celery_to_spawn_need_not_tell_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "risk_of_forking", lambda: "")
+    assert start_method_of(load(), forks=False, unplaced=True) == "spawn"
+    assert start_method_of(load(mpworker_start_method="forkserver"), forks=False) == "forkserver"
+
+
 @pytest.mark.parametrize("where", ["an app in no module", "a worker in a thread"])
 def test_what_only_this_process_has_is_forked_whatever_its_threads(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "risk_of_forking", lambda: "has 2 threads")
