@@ -26,6 +26,7 @@ from billiard.common import REMAP_SIGTERM, TERM_SIGNAME, human_status
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
+from celery.concurrency import get_implementation
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
@@ -646,6 +647,20 @@ class TaskPool(BasePool):  # type: ignore[misc]
             }
         )
         return info
+
+
+def _settle_concurrency(sender: Any, **_: Any) -> None:
+    """``-c auto`` (Celery 5.7), which minds the control group's quota for Celery's own pool only."""
+    asked = str(sender.concurrency).strip().lower()
+    if asked == "auto" and issubclass(get_implementation(sender.pool_cls), TaskPool):
+        from mpworker.pool.cpus import pool_size
+
+        sender.concurrency = pool_size()
+        why = "worker_concurrency='auto' resolved to %d: so many CPUs affinity and the control group's quota allow"
+        sender._pending_concurrency_log = "info", why, (sender.concurrency,)
+
+
+signals.worker_init.connect(_settle_concurrency, weak=False, dispatch_uid="mpworker.concurrency")
 
 
 class _Slots:

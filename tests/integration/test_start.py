@@ -92,6 +92,17 @@ def test_celerys_own_setting_counts(mint: Callable[..., tuple[Node, Any]]) -> No
     assert not node.pids("mpworker: template")
 
 
+@pytest.mark.skipif(celery.VERSION < (5, 7), reason="an option of Celery 5.7")
+def test_as_many_processes_as_the_control_group_allows(mint: Callable[..., tuple[Node, Any]]) -> None:
+    """Celery itself asks for that quota with its own pool only: here there is one of one and a half CPUs."""
+    quota = "\nimport mpworker.pool.cpus\nmpworker.pool.cpus._quota = lambda root: 1.5\n"
+    quota += "mpworker.pool.cpus.os.sched_getaffinity = lambda pid: range(8)\n"
+    node, client = mint(quota, "-c", "auto")
+    assert ask(client, node, "stats")["pool"]["max-concurrency"] == 2
+    assert "worker_concurrency='auto' resolved to 2" in node.log()
+    assert "only sizes the prefork pool" not in node.log()
+
+
 def test_a_lost_template_is_replaced_by_one_that_loads_the_application(
     mint: Callable[..., tuple[Node, Any]],
 ) -> None:
