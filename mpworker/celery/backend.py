@@ -437,7 +437,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             store=self.store_name,
             payload=payload,
             expires=(self.expires if expires is None else expires) or None,
-            dead=isinstance(result, PoisonMessage),
+            dead=isinstance(result, PoisonMessage) or getattr(result, "is_dead", False) is True,
             log=task_log.tail_of(task_id) if finished else None,
             in_hand=in_hand,
         )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from billiard.exceptions import WorkerLostError
 from celery import Celery, states
 from celery.backends.base import DisabledBackend
 from celery.worker import state as worker_state
@@ -28,6 +29,12 @@ _PATIENCE = 1.0
 _PAUSE = 15.0
 #: Messages whose deaths this node remembers by itself.
 _MAX_OWED = 10_000
+
+
+def _has_had_its_retries(request: Any) -> bool:
+    task = request.task
+    most = task.max_retries if getattr(task, "retry_on_worker_lost", False) else None  # Celery 5.7
+    return most is not None and (request.message.headers.get("retries") or 0) >= most
 
 
 class Deaths:
@@ -56,7 +63,8 @@ class Deaths:
             lost: how the worker ended: an error with which Celery may deliver the message again.
 
         Returns:
-            that error, or a ``PoisonMessage`` if it may not.
+            that error, or a ``PoisonMessage`` if it may not. Where Celery does not either, because the task has had its
+            retries, it is a ``WorkerLostError`` as with any pool, with an attribute ``is_dead``.
         """
         request: Any = getattr(listener, "__self__", None)
         if not self._limit or not hasattr(request, "message") or worker_state.should_terminate:
@@ -70,7 +78,11 @@ class Deaths:
         told = f"killed {workers}; not run again; send it again with: mpworker requeue {request.id}"
         self._keep(request, deaths, f"killed {workers}; the last: {describe(lost)}")
         logger.error("task %s[%s] has %s", request.name, request.id, told)
-        return PoisonMessage(f"{told} (the last: {describe(lost)})")
+        if not _has_had_its_retries(request):
+            return PoisonMessage(f"{told} (the last: {describe(lost)})")
+        error: BaseException = WorkerLostError(f"{lost}; the task has {told}")
+        error.is_dead = True  # type: ignore[attr-defined]
+        return error
 
     def _count(self, task_id: str) -> int:
         owed = self._owed.pop(task_id, 0) + 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from billiard.exceptions import WorkerLostError
 from integration.node import HOME, PATIENCE, Node, Notes, Server, ask, client_of, eventually
 
 from mpworker.results.query import ResultStore
@@ -120,6 +121,24 @@ def test_retries_of_a_lost_task_count_as_one_message(shop: Shop) -> None:
     with pytest.raises(Exception, match="killed 3 workers"):
         result.get(timeout=PATIENCE)
     assert shop.runs("retried") == 3
+
+
+@pytest.mark.skipif(version("celery") < "5.7", reason="task_retry_on_worker_lost is new in Celery 5.7")
+def test_a_task_that_has_had_its_retries_fails_as_with_any_pool_and_is_kept(shop: Shop) -> None:
+    """Celery gives it up at the same death: whoever expects its error gets that."""
+    result = shop.send("poison_retried_twice", "twice more")
+    with pytest.raises(WorkerLostError, match=rf"signal 9 \(SIGKILL\).*killed 3 workers.*requeue {result.id}"):
+        result.get(timeout=PATIENCE)
+    assert shop.runs("twice more") == 3
+    code, out, _ = shop.told("results", "--dead", "--json")
+    assert (code, [json.loads(line)["deaths"] for line in out.splitlines() if result.id in line]) == (0, [3])
+    records = [
+        record
+        for node in shop.nodes
+        for record in ResultStore(node.journal).get_results_by_status("failed")
+        if record.task_id == result.id
+    ]
+    assert [record.dead for record in records] == [True]
 
 
 def test_a_task_that_always_exits_is_poison_too(shop: Shop) -> None:

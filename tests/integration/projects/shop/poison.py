@@ -29,6 +29,11 @@ def poison_retried(name):
     return die_without_antidote(name)
 
 
+@app.task(acks_late=True, reject_on_worker_lost=True, retry_on_worker_lost=True, default_retry_delay=0, max_retries=2)
+def poison_retried_twice(name):
+    return die_without_antidote(name)
+
+
 @app.task(acks_late=True, reject_on_worker_lost=True)
 def leaves(name):
     note("poison", name=name)
