@@ -288,6 +288,8 @@ def run(target: Callable[..., Any], *args: Any) -> Any:
         return target(*args)
     except BaseException as exc:
         task_log.attach(exc)
+        if isinstance(exc, SystemExit | KeyboardInterrupt) and pool_worker.this_worker is not None:
+            pool_worker.this_worker.ask_to_leave()  # as prefork's process would have gone: tasks count on that
         raise
     finally:
         task_ends()

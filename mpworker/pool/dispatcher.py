@@ -580,6 +580,8 @@ def _reported(crew: Crew, frame: Frame) -> Any:
         return f.JobCut(crew.worker, job, body)
     if kind is Kind.KEPT and math.isfinite(a):
         return f.MemoryKept(crew.worker, int(a))
+    if kind is Kind.WORN:
+        return f.WorkerWorn(crew.worker)
     if kind is Kind.SOFT:
         return f.SoftLimitHit(crew.worker, job, a)
     if kind is Kind.EXPIRED:

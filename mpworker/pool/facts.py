@@ -164,6 +164,12 @@ class MemoryKept(NamedTuple):
     size: int
 
 
+class WorkerWorn(NamedTuple):
+    """It asks to be replaced once its job is done."""
+
+    worker: int
+
+
 class MemoryUsed(NamedTuple):
     """What a job's process group has been seen to hold, in bytes."""
 

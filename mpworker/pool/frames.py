@@ -86,6 +86,7 @@ class Kind(IntEnum):
     PROGRESS = 36  # job, a: done, b: total, body: message (text); may be left out at any time
     CUT = 39  # job, body: what is known of it, for the parent; it will not begin the rest of its items
     KEPT = 37  # a: bytes that jobs have left in this process, until it says otherwise
+    WORN = 29  # it had better not run another job
     # dispatcher → template
     FORK = 40  # job: worker id; two descriptors travel along
     # dispatcher → parent

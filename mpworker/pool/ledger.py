@@ -94,6 +94,7 @@ class Ledger:
             f.MemoryLimited: lambda event, now: self.quota.give(event.job, event.limit),
             f.MemoryKept: self._kept,
             f.MemoryUsed: self._used,
+            f.WorkerWorn: self._worn,
             f.Cancelled: self._cancelled,
             f.Resized: lambda event, now: self._tasks.resize(event.size, now),
             f.FlushAsked: self._flush_asked,
@@ -362,6 +363,10 @@ class Ledger:
     def _kept(self, event: f.MemoryKept, now: float) -> None:
         if found := self._find(event.worker):
             found[1].kept = event.size
+
+    def _worn(self, event: f.WorkerWorn, now: float) -> None:
+        if (found := self._find(event.worker)) and found[1].state in (WorkerState.IDLE, WorkerState.BUSY):
+            found[0].retire(found[1], now)
 
     def _used(self, event: f.MemoryUsed, now: float) -> None:
         if (found := self._running(event)) is not None:

@@ -126,6 +126,7 @@ class Worker:
         self._fresh = self._kept = 0  # bytes in memory: before the first job; later, beyond that, as last told
         self._read_at = -inf  # when they were last read; nothing large can have happened since, if not -inf
         self._leaving = False
+        self._worn = False
         self._interruptible = False
         self._pid = os.getpid()
         self._moment = -1  # that the last mark was made at
@@ -296,7 +297,7 @@ class Worker:
         self.began = started
         current = Current(job, started, soft, hard, flag & BATCHED != 0, quiet)
         with self.gate:
-            if not (revoked := lost or job in self.revoked):
+            if not (revoked := lost or job in self.revoked or self._worn):
                 self.current = current
         if revoked:
             self.revoked.pop(job, None)
@@ -443,6 +444,12 @@ class Worker:
                 self._send_bulk(Frame(Kind.CALL, self.current.job, flag, 0.0, 0.0, hooks, body))
             else:
                 self.send(encode(Kind.CALL, self.current.job, flag, extra=hooks, body=body))
+
+    def ask_to_leave(self) -> None:
+        """From inside a job: this process is to run no other one after it."""
+        self._worn = True
+        with self._sending:
+            self._unsent += encode(Kind.WORN)
 
     def tell_progress(self, done: float, total: float, message: str) -> None:
         """From inside a job, in any thread: sent if the last word is old enough and the line takes it at once."""

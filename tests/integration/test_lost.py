@@ -59,13 +59,27 @@ def test_an_idle_worker_killed_from_outside_is_replaced(shop):
     eventually(lambda: set(ask(client, node, "stats")["pool"]["processes"]) == set(node.pids("mpworker: worker")))
 
 
-def test_sys_exit_is_a_failure_of_the_task_alone(shop):
+def test_sys_exit_is_a_failure_of_the_task_and_the_end_of_its_process(shop):
+    _, node, _ = shop
+    before = set(node.pids("mpworker: worker"))
     result = send(shop, "die", "sysexit")
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - whichever class Celery makes of it
         result.get(timeout=PATIENCE)
-    assert "3" in str(caught.value)
+    assert "Worker exited prematurely: exitcode 3" in str(caught.value)
     assert result.state == "FAILURE"
     assert send(shop, "add", 1, 1).get(timeout=PATIENCE) == 2
+    eventually(lambda: len(now := set(node.pids("mpworker: worker"))) == 2 and len(now - before) == 1)
+
+
+def test_no_process_runs_another_task_after_sys_exit(shop):
+    _, node, _ = shop
+    known = len(node.notes.read("die", how="sysexit"))
+    exits = [send(shop, "die", "sysexit") for _ in range(8) if send(shop, "add", 1, 1)]
+    for result in exits:
+        with pytest.raises(BaseException, match="exitcode 3"):
+            result.get(timeout=PATIENCE)
+    notes = node.notes.read("die", how="sysexit")[known:]
+    assert len({note["pid"] for note in notes}) == len(notes) == 8
 
 
 def test_a_message_that_shall_survive_its_worker_is_delivered_once_more(shop):

@@ -677,6 +677,26 @@ def test_a_leaving_worker_whose_line_is_broken_is_ended() -> None:
     assert world.verdict(1)[0] is JobState.LOST
 
 
+def test_a_worker_that_asks_to_leave_ends_its_job_and_runs_no_other(world: World) -> None:
+    world.submit(1)
+    world.begin(0)
+    world.submit(2)
+    world.tell(f.WorkerWorn(0))
+    world.tell(f.WorkerWorn(0))
+    while world.workers[0].inbox:
+        world.hand_back(0)
+    world.end(0)
+    assert world.kinds(1)[-1] is Kind.DONE
+    assert world.workers[0].leaving
+    world.exit(0, 0, None)
+    (other,) = world.workers
+    world.get_ready(other)
+    world.begin(other)
+    world.end(other)
+    assert world.kinds(2)[-1] is Kind.DONE
+    assert not [frame for frame in world.frames if frame.kind is Kind.LOG]
+
+
 def test_a_pool_that_is_stopped_before_its_application_is_loaded_starts_nobody_for_nothing() -> None:
     """But for the callbacks of what it was asked to do."""
     ledger = Ledger(3, 60.0, 5.0)

@@ -582,6 +582,11 @@ class Machine(RuleBasedStateMachine):
         if (worker := self.pick(luck, "running")) is not None and worker.running is not None:
             self.world.tell(f.MemoryKept(worker.id, kept), f.MemoryUsed(worker.id, worker.running.id, used))
 
+    @open_rule("running", luck=LUCK)
+    def ask_to_leave(self, luck: int) -> None:
+        if (worker := self.pick(luck, "running")) is not None:
+            self.world.tell(f.WorkerWorn(worker.id))
+
     @precondition(lambda self: not self.world.closing)
     @open_rule(count=st.integers(1, 3))
     def submit_callbacks(self, count: int) -> None:
