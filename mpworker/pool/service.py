@@ -55,7 +55,7 @@ class Service:
     def __init__(self, selector: selectors.BaseSelector, fleet: Fleet, owner: Owner) -> None:
         self._selector, self._fleet, self._owner = selector, fleet, owner
         self._crew: Crew | None = None
-        self._is_ready = False
+        self._is_ready = self._renews = False
         self._reader = FrameReader("the service")
         self._began, self._pause = 0.0, _PAUSE
         #: when :meth:`tick` is due, by ``time.monotonic()``
@@ -82,6 +82,7 @@ class Service:
     def renew(self) -> None:
         """Ends it; its successor is made as workers are now."""
         if self._crew is not None:
+            self._renews = True
             self._fleet.kill(SERVICE, signal.SIGKILL)
 
     def finish(self) -> None:
@@ -125,6 +126,9 @@ class Service:
 
     def _again(self, why: str) -> None:
         now = time.monotonic()
+        if self._renews:
+            self._renews, self.deadline = False, now
+            return
         self._pause = _PAUSE if now - self._began > _SETTLED else min(2 * self._pause, _PAUSE_MAX)
         self.deadline = now + self._pause
         self._owner.log(logging.WARNING, f"the service process {why}; it is started again in {self._pause:.1f} s")

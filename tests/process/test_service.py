@@ -109,6 +109,7 @@ def test_it_is_renewed_with_the_application_at_a_restart(tmp_path: Path) -> None
         pool.handle.restart(service=("scribe", stay, (tmp_path / "log",)))
         (other,) = pool.until(lambda: [new for new in pool.pids() if new != pid], "another one is listed")
         wait_until(lambda: getattr(support.look(other), "title", "") == "mpworker: scribe (here)", what="the new one")
+        assert "has ended" not in pool.said()
 
 
 def test_it_ends_with_a_dispatcher_that_was_killed_and_the_next_has_its_own(tmp_path: Path) -> None:
