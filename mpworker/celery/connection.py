@@ -18,6 +18,8 @@ logger = logging.getLogger("mpworker.broker")
 
 #: Seconds from one attempt to connect to the next, at least: a broker may take the connection and refuse all else.
 _INTERVAL = 1.0
+#: Seconds after which this process has surely been sent what had started when its broker was lost.
+_ON_ITS_WAY = 0.005
 
 
 def make_closable(app: Celery) -> None:
@@ -67,6 +69,12 @@ class Outage:
             time.sleep(pause)
             self.passes()
         self._last_attempt = time.monotonic()
+
+    def begins(self) -> None:
+        """Called before Celery looks at what runs, to cancel it, or to fetch so much less: a start that it has not
+        heard of yet is on its way, or held back for a moment."""
+        time.sleep(_ON_ITS_WAY)
+        self._listen()
 
     def passes(self) -> None:
         """Called by a connection that waits."""
@@ -143,6 +151,8 @@ class _Closable:
     def collect(self, *args: Any, **kwargs: Any) -> Any:
         if self.on_lost is not None:
             self.on_lost()
+            for outage in list(self.outages):
+                outage.begins()
         return super().collect(*args, **kwargs)  # type: ignore[misc]
 
     def maybe_close_channel(self, channel: Any) -> None:

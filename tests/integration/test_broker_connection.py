@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
@@ -9,7 +10,7 @@ from kombu import Consumer, Exchange, Producer, Queue
 from kombu.common import ignore_errors
 from support import RedisServer
 
-from mpworker.celery.connection import make_closable
+from mpworker.celery.connection import Outage, make_closable
 
 
 @pytest.fixture
@@ -20,6 +21,25 @@ def server():
         yield server
     finally:
         server.end()
+
+
+def test_what_has_started_is_heard_before_celery_looks_at_what_runs(server):
+    """That is, before it cancels what runs, or reduces what it fetches by that."""
+    app = Celery("node", broker=server.url, set_as_current=False)
+    told = []
+    outage = Outage(SimpleNamespace(app=app), lambda: told.append("listened"))
+    outage.connect()
+    connection = app.connection_for_read()
+    connection.default_channel  # noqa: B018 - connects
+    connection.collect()
+    assert told == []  # one that is nobody's
+    connection.on_lost = lambda: told.append("lost")
+    connection.collect()
+    assert told == ["lost", "listened"]
+    outage.disconnect()
+    connection.collect()
+    assert told == ["lost", "listened", "lost"]
+    app.close()
 
 
 def test_a_lost_connection_with_unacknowledged_messages_closes(server):
