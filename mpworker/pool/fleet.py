@@ -294,6 +294,14 @@ class Fleet:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.template_pid, signal.SIGKILL)
 
+    def disown_unborn(self) -> None:
+        """Gives up on workers that were asked for and have not said who they are: the end of their lines says the rest,
+        here and, should they still come to it, there."""
+        for crew in self.crews.values():
+            if not crew.pid:
+                with contextlib.suppress(OSError):
+                    crew.data.shutdown(socket.SHUT_RDWR)
+
     def unborn_since(self) -> float:
         """When the oldest worker was asked for that has not said who it is; ``inf`` for none."""
         return min((crew.asked for crew in self.crews.values() if not crew.pid), default=inf)

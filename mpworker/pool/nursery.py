@@ -92,6 +92,7 @@ class Nursery:
             self._owner.log(logging.ERROR, "the template does not react; it is killed")
             self._ready = False
             self._fleet.kill_template()
+            self._fleet.disown_unborn()  # or the next template would be held to account for them
         else:
             self._fail("the application was not loaded in time (mpworker_ready_timeout)")
 
