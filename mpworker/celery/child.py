@@ -11,8 +11,9 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -51,6 +52,8 @@ class AppSpec(NamedTuple):
     changes: dict[str, Any]
     #: task modules beyond the configuration's
     include: tuple[str, ...]
+    #: why it is not pickled: then forks of the main process know it, and no others
+    problem: str = ""
 
     @property
     def in_main(self) -> bool:
@@ -59,18 +62,18 @@ class AppSpec(NamedTuple):
 
 
 def describe_app(app: Celery) -> AppSpec:
-    """Tells where ``app`` is defined by looking for the module that holds it.
-
-    Raises:
-        PayloadError: it is in no module, and cannot be pickled either.
-    """
+    """Tells where ``app`` is defined by looking for the module that holds it."""
     app = app._get_current_object() if hasattr(app, "_get_current_object") else app
-    place = _place_of(app)
-    pickled = b"" if place else pack(app, "the app, which is in no module where a worker process could find it,")
+    place, pickled, problem = _place_of(app), b"", ""
+    if place is None:
+        try:
+            pickled = pack(app, "the app, which is in no module where a worker process could find it,")
+        except PayloadError as exc:
+            problem = str(exc)
     # What is pickled of an app is not all that it has been set to.
     changes = app.conf.changes if place else app.conf.table(censored=False)
     changes = {key: value for key, value in changes.items() if _can_travel(value)}
-    return AppSpec(place, pickled, changes, tuple(app.conf.include or ()))
+    return AppSpec(place, pickled, changes, tuple(app.conf.include or ()), problem)
 
 
 def _place_of(app: Celery) -> tuple[str, str] | None:
@@ -142,6 +145,8 @@ def _find(spec: AppSpec) -> Celery:
     if spec.place is None:
         os.environ["FORKED_BY_MULTIPROCESSING"] = "1"  # what Celery looks at when tasks bind to an app that was pickled
         app_base.USING_EXECV = True
+        if spec.problem:
+            raise PayloadError(spec.problem)
         return _change(pickle.loads(spec.pickled), spec)
     module, attribute = spec.place
     try:
@@ -161,6 +166,10 @@ def _change(app: Celery, spec: AppSpec) -> Celery:
     return app
 
 
+_adopting = threading.RLock()
+#: forks that are made now leave alone what the parent may read; and what was replaced for that
+_spares = False
+_spared: list[Callable[..., Any]] = []
 _app: Celery | None = None
 #: this process is a fork of the main process, or is that itself
 _inherited = False
@@ -173,8 +182,38 @@ def adopt(app: Celery) -> None:
         if hasattr(fixup, "worker_fixup"):
             fixup.worker_fixup.worker = _Prefork(app)
     _import_clients(app)
-    global _app, _inherited
-    _app, _inherited = app, True
+
+
+@contextmanager
+def adopted(app: Celery) -> Iterator[None]:
+    """What is forked inside, in any thread, is a child of this app's node: there may be others in this process."""
+    global _app, _inherited, _spares
+    with _adopting:
+        before = _app, _inherited, _spares
+        _app, _inherited, _spares = app, True, True
+        try:
+            yield
+        finally:
+            _app, _inherited, _spares = before
+
+
+def _spare_the_parent() -> None:
+    """In a fork: kombu closes the connections that it has inherited, and if another thread of the parent waits for a
+    message just then, it reads that from the line which both have."""
+    if _spares and (redis := sys.modules.get("kombu.transport.redis")) is not None and not _spared:
+        _spared.append(redis.Channel._brpop_read)
+        redis.Channel._brpop_read = lambda self, **options: None
+
+
+os.register_at_fork(after_in_child=_spare_the_parent)
+
+
+def _stand_alone() -> None:
+    """What this process inherited is closed: from here on all it has is its own."""
+    global _adopting, _spares
+    _adopting, _spares = threading.RLock(), False  # in a fork that is held, and a task may be a test with a worker
+    if _spared:
+        sys.modules["kombu.transport.redis"].Channel._brpop_read = _spared.pop()
 
 
 def initialize(hostname: str, journal: bool, bell: Bell | None = None) -> None:
@@ -188,6 +227,7 @@ def initialize(hostname: str, journal: bool, bell: Bell | None = None) -> None:
     global _hostname
     app, _hostname = _app, hostname
     assert app is not None
+    _stand_alone()
     worker = pool_worker.this_worker
     _set_task_join_will_block(True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -220,6 +260,7 @@ def enter_service(hostname: str) -> Celery:
     """Makes this process one that works for the node and runs no tasks; returns the app."""
     app = _app
     assert app is not None
+    _stand_alone()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _set_up_logging(app, hostname)
     return app

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from billiard.common import REMAP_SIGTERM, TERM_SIGNAME, human_status
@@ -46,7 +47,7 @@ from mpworker.celery.queueing import mark_what_is_received
 from mpworker.celery.slot_env import slot_env_of, warn_beyond
 from mpworker.celery.soft import SoftShutdown
 from mpworker.celery.stalls import StallDetector
-from mpworker.celery.start import embedded, start_method_of
+from mpworker.celery.start import embedded, may_copy, start_method_of
 from mpworker.celery.unacked import Unacked
 from mpworker.celery.wakeup import SignalWakeup, hasten_exit
 from mpworker.errors import ConfigurationError, PayloadError, RemoteError
@@ -68,6 +69,8 @@ KILL_GRACE = 0.2
 _UNANSWERED = frozenset({signal.SIGKILL, signal.SIGINT} | ({getattr(signal, TERM_SIGNAME)} if REMAP_SIGTERM else set()))
 #: Seconds that the dispatcher gets to confirm that it has taken back what had not started.
 _TAKE_BACK_TIMEOUT = 1.0
+#: Seconds that idle workers get to leave when everything is to end at once.
+_LEAVE_PATIENCE = 0.5
 #: Seconds for which a restart that only this process can make waits for tasks to end.
 _RENEWAL_PATIENCE = 1.0
 #: Seconds that the other workers get once the first one is ready, so that "ready" means all of them if they are few.
@@ -174,10 +177,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._settings = settings
         self._journals = str(app.conf.result_backend or "").startswith("mpworker+")
         self._bell = shipping.make_bell() if self._journals else None
-        try:
-            spec, description = self._describe()
-        except PayloadError as exc:
-            raise SystemExit(f"mpworker: {exc}") from None
+        spec, description = self._describe()
+        self._spec = spec
+        if spec.problem and not may_copy(settings, self.forking_enable):
+            raise SystemExit(f"mpworker: {spec.problem}; set mpworker_start_method to fork, or put it into a module")
         if spec.in_main and (script := getattr(sys.modules["__main__"], "__file__", None)):
             # Where Celery looks, so that the script's tasks are named in the children as they are here.
             os.environ["MP_MAIN_FILE"] = os.path.abspath(script)
@@ -203,9 +206,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
         Args:
             include: modules of tasks that it might not know of.
-
-        Raises:
-            PayloadError: it is in no module, and cannot be pickled either.
         """
         app, hostname = self.app, (self.options.get("initargs") or (None, ""))[1]
         register_models(app)
@@ -248,7 +248,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _start_processes(self) -> None:
         options = self.handle.options
-        unplaced = child.describe_app(self.app).place is None
+        unplaced = self._spec.place is None
         self._only_here = unplaced or embedded()
         local = child.local_tasks(self.app) if unplaced else ()
         self._start_method = method = start_method_of(
@@ -256,6 +256,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         )
         if method == "fork":
             child.adopt(self.app)
+            self.handle.while_forking = partial(child.adopted, self.app)
             if not embedded():  # the program itself: what is there now stays, and is shared while nobody looks at it
                 gc.freeze()
         self.handle.options = options._replace(start_method=method)
@@ -334,8 +335,25 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def on_terminate(self) -> None:
         """Cold: ends everything at once."""
+        self._dismiss_idle()
         self._disconnect()
         self.handle.kill()
+        for job in self._jobs.values():  # another worker of this process, a test's, must not take them for its own
+            request = getattr(job.callbacks.get("error_callback"), "__self__", None)
+            if isinstance(request, Request):
+                worker_state.task_ready(request)
+
+    def _dismiss_idle(self) -> None:
+        """What has ended need not be run again. Workers that have nothing to do leave in peace, if they do so at once:
+        ``worker_process_shutdown``."""
+        self.handle.resize(0)
+        deadline, patience = time.monotonic() + _LEAVE_PATIENCE, 0.0
+        while self.handle.fileno() >= 0 and time.monotonic() < deadline:
+            self._step(patience)
+            self._loop.keep_alive()
+            busy, patience = {job.pid for job in self._jobs.values()}, 0.05
+            if not any(worker["lane"] == Lane.TASKS and worker["pid"] not in busy for worker in self.handle.workers):
+                break
 
     def _disconnect(self) -> None:
         self._hooks.disconnect()
@@ -582,19 +600,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 self._step(0.01)
             else:  # a test's, which would call back beside the loop
                 time.sleep(0.01)
-        modules = {task.__module__ for name, task in self.app.tasks.items() if not name.startswith("celery.")}
-        try:
-            description = self._describe(sorted(modules - {"__main__"}))[1]
-        except PayloadError as exc:
-            logger.error("the pool is not restarted: %s", exc)
-            return
         if is_copied:
             logger.warning(
                 "pool_restart: the application as it is now is in this process only, and tasks run: processes are "
                 "replaced once theirs is done, but with the code that this node was started with"
             )
-            description = {}
-        self.handle.restart(**description)
+            self.handle.restart()
+        else:
+            modules = {task.__module__ for name, task in self.app.tasks.items() if not name.startswith("celery.")}
+            self.handle.restart(**self._describe(sorted(modules - {"__main__"}))[1])
         self._loop.watch_writing()
 
     @property
@@ -653,11 +667,13 @@ def _settle_concurrency(sender: Any, **_: Any) -> None:
     """``-c auto`` (Celery 5.7), which minds the control group's quota for Celery's own pool only."""
     asked = str(sender.concurrency).strip().lower()
     if asked == "auto" and issubclass(get_implementation(sender.pool_cls), TaskPool):
-        from mpworker.pool.cpus import pool_size
+        from celery.utils.sysinfo import cpu_budget
 
-        sender.concurrency = pool_size()
-        why = "worker_concurrency='auto' resolved to %d: so many CPUs affinity and the control group's quota allow"
-        sender._pending_concurrency_log = "info", why, (sender.concurrency,)
+        budget = cpu_budget(use_cgroup_quota=True)
+        quota = "no cgroup cpu quota found" if budget.quota is None else f"cgroup cpu quota={budget.quota:.2f}"
+        told = "worker_concurrency='auto' resolved to %d (pool=mpworker, %s, available cpus=%d)."
+        sender.concurrency = budget.count
+        sender._pending_concurrency_log = "info", told, (budget.count, quota, budget.available)
 
 
 signals.worker_init.connect(_settle_concurrency, weak=False, dispatch_uid="mpworker.concurrency")

@@ -21,6 +21,13 @@ def embedded() -> bool:
     return threading.current_thread() is not threading.main_thread()
 
 
+def may_copy(settings: Settings, forks: bool) -> bool:
+    """Whether an app that no import finds will be copied with its process; see :func:`start_method_of`."""
+    if settings.start_method == "auto":
+        return forks and settings.worker_env is None
+    return settings.start_method == "fork"
+
+
 def start_method_of(
     settings: Settings, *, forks: bool = True, unplaced: bool = False, local: Sequence[str] = ()
 ) -> str:
@@ -36,6 +43,9 @@ def start_method_of(
     if method == "auto" and not forks:
         logger.info("start method spawn: worker_pool_start_method says so")
         method = "spawn"
+    if method == "auto" and settings.worker_env is not None:
+        logger.info("start method forkserver: with mpworker_worker_env each worker imports the application by itself")
+        method = "forkserver"
     if method != "auto":
         if local and method != "fork":
             logger.error(
@@ -44,14 +54,10 @@ def start_method_of(
                 ", ".join(local),
             )
         return method
-    if settings.worker_env is not None:
-        logger.info("start method forkserver: with mpworker_worker_env each worker imports the application by itself")
-        return "forkserver"
-    if embedded():
-        logger.info("start method fork: the worker runs in a thread of a program, and its processes are copies of that")
-        return "fork"
-    if unplaced:
-        logger.info("start method fork: the app is in no module that a worker process could import")
+    if embedded() or unplaced:
+        why = "the worker runs in a thread of a program" if embedded() else "the app is in no module"
+        risk = f", although it {found}" if (found := risk_of_forking()) else ""
+        logger.info("start method fork: %s, so that only this process can be copied%s", why, risk)
         return "fork"
     if not sys.platform.startswith("linux"):  # where there is no template either, as nobody adopts orphans
         return "auto"

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
 from mpworker.errors import BootError, ProtocolError
@@ -129,6 +130,8 @@ class Handle:
         self.ready_workers = 0
         #: rises when the dispatcher, and with it :meth:`fileno`, has been replaced
         self.generation = 0
+        #: entered while this process forks a dispatcher
+        self.while_forking: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.finished = False
         self.ready = False
         self._boot, self._heirlooms, self._lent = boot, heirlooms or Heirlooms(), lent
@@ -162,7 +165,8 @@ class Handle:
         forked = self.options.start_method == "fork"
         launch = fleet.launch_forked if forked else fleet.launch
         fds = [*self._heirlooms.fds, *self._lent]
-        self._process, self._line = launch(fds) if fds else launch()
+        with self.while_forking() if forked else contextlib.nullcontext():
+            self._process, self._line = launch(fds) if fds else launch()
         self._reader = FrameReader("the dispatcher", forgiving=True, others=self._received)
         self._outbox = Outbox()
         self._loose.clear()
@@ -307,8 +311,8 @@ class Handle:
             ``False`` if there is something that this would cost its process; nothing has been done then.
         """
         with self._mutex:
-            if self._sent or self._hooked or self._process is None or self.finished:
-                return False
+            if self._sent or self._hooked or self._renews or self._process is None or self.finished:
+                return self._renews
             self._renews = True  # before it ends: another thread may be hearing it
             self._process.kill()
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import support
-from celery import Celery
+from celery import Celery, Task, signals
 from celery.contrib.testing.app import TestApp, setup_default_app
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
@@ -118,6 +119,106 @@ def test_the_app_that_celery_makes_for_tests_whose_settings_only_it_knows(method
             for _ in range(2):
                 with start_worker(app, pool=POOL) as worker:
                     assert worker.pool.handle.options.start_method == expected
+
+
+def test_a_restart_that_this_very_process_waits_for(app: Celery) -> None:
+    """The fork is taken while another thread reads an answer from the broker: that is not the fork's to read."""
+    app.conf.worker_pool_restarts = True
+
+    @app.task(shared=False)
+    def once_more() -> int:
+        return os.getpid()
+
+    with start_worker(app, pool=POOL, concurrency=2, perform_ping_check=False) as worker:
+        for _ in range(3):
+            dispatcher = worker.pool.handle.pid
+            assert once_more.delay().get(timeout=30)
+            answers = app.control.broadcast("pool_restart", reply=True, timeout=1)  # and listens that long
+            assert ["ok" in told for answer in answers for told in answer.values()] == [True]
+            support.wait_until(lambda old=dispatcher: worker.pool.handle.pid != old, what="another dispatcher")
+            assert app.control.inspect(timeout=30, limit=1).ping()
+            assert once_more.delay().get(timeout=30)
+
+
+def test_what_one_worker_has_left_is_run_by_the_next_of_this_process(app: Celery, tmp_path: Path) -> None:
+    """The end of an embedded worker is a cold one. The whole process knows its requests, which are not the next's."""
+    notes = tmp_path / "notes"
+
+    @app.task(shared=False, acks_late=True)
+    def late(seconds: float) -> None:
+        with notes.open("a") as file:
+            file.write("began\n")
+        time.sleep(seconds)
+
+    with start_worker(app, pool=POOL, concurrency=1, perform_ping_check=False):
+        result = late.delay(30 if not notes.exists() else 0)
+        support.wait_until(notes.exists, what="it runs")
+    late.run = late.__wrapped__ = lambda seconds: "the second time"  # in the next worker's processes
+    with start_worker(app, pool=POOL, concurrency=1, perform_ping_check=False):
+        assert result.get(timeout=support.PATIENCE) == "the second time"
+
+
+def test_processes_of_a_worker_that_ends_say_goodbye(app: Celery, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+
+    def goodbye(**_: object) -> None:
+        with notes.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    signals.worker_process_shutdown.connect(goodbye)
+    try:
+        with start_worker(app, pool=POOL, concurrency=2, perform_ping_check=False) as worker:
+            pids = {process["pid"] for process in worker.pool.handle.workers if process["slot"] in (0, 1)}
+        assert set(map(int, notes.read_text().split())) == pids
+    finally:
+        signals.worker_process_shutdown.disconnect(goodbye)
+
+
+def test_an_app_that_cannot_be_pickled(app: Celery) -> None:
+    """As with Flask, whose guide makes the tasks' class in a function."""
+
+    class FlaskTask(Task):  # type: ignore[misc]
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            return "in its context", self.run(*args, **kwargs)
+
+    own = Celery("own", broker=app.conf.broker_url, backend=app.conf.result_backend, task_cls=FlaskTask)
+    own.conf.task_routes = (lambda *_, **__: None,)
+
+    @own.task(shared=False)
+    def one() -> int:
+        return 1
+
+    with start_worker(own, pool=POOL, perform_ping_check=False):
+        assert one.delay().get(timeout=30) == ["in its context", 1]
+    own.conf.mpworker_start_method = "spawn"
+    with pytest.raises(SystemExit, match=r"^mpworker: the app.* cannot be pickled: .*; set mpworker_start_method"):
+        start_worker(own, pool=POOL, perform_ping_check=False).__enter__()
+    own.close()
+
+
+def test_each_of_several_apps_has_its_own_processes_again(app: Celery, tmp_path: Path) -> None:
+    def other(name: str) -> Celery:
+        made = Celery(name, broker="filesystem://", backend=app.conf.result_backend, set_as_current=False)
+        folder = tmp_path / name
+        folder.mkdir()
+        control = folder / "control"
+        control.mkdir()
+        ways = {"data_folder_in": folder, "data_folder_out": folder, "control_folder": control}
+        made.conf.broker_transport_options = {which: str(path) for which, path in ways.items()}
+
+        @made.task(name=f"whose.{name}", shared=False)
+        def whose() -> str:
+            return name
+
+        return made
+
+    one, two = other("one"), other("two")
+    options = {"pool": POOL, "concurrency": 1, "perform_ping_check": False}
+    with start_worker(one, **options) as first, start_worker(two, **options):
+        assert two.tasks["whose.two"].delay().get(timeout=30) == "two"
+        os.kill(dispatcher := first.pool.handle.pid, signal.SIGKILL)
+        support.wait_until(lambda: first.pool.handle.pid != dispatcher, what="another dispatcher")
+        assert one.tasks["whose.one"].delay().get(timeout=30) == "one"
 
 
 PROJECT = """

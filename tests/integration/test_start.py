@@ -95,11 +95,11 @@ def test_celerys_own_setting_counts(mint: Callable[..., tuple[Node, Any]]) -> No
 @pytest.mark.skipif(celery.VERSION < (5, 7), reason="an option of Celery 5.7")
 def test_as_many_processes_as_the_control_group_allows(mint: Callable[..., tuple[Node, Any]]) -> None:
     """Celery itself asks for that quota with its own pool only: here there is one of one and a half CPUs."""
-    quota = "\nimport mpworker.pool.cpus\nmpworker.pool.cpus._quota = lambda root: 1.5\n"
-    quota += "mpworker.pool.cpus.os.sched_getaffinity = lambda pid: range(8)\n"
+    quota = "\nfrom celery.utils import sysinfo\n"
+    quota += "sysinfo.cgroup_cpu_quota, sysinfo.available_cpu_count = lambda: 1.5, lambda: 8\n"
     node, client = mint(quota, "-c", "auto")
     assert ask(client, node, "stats")["pool"]["max-concurrency"] == 2
-    assert "worker_concurrency='auto' resolved to 2" in node.log()
+    assert "resolved to 2 (pool=mpworker, cgroup cpu quota=1.50, available cpus=8)" in node.log()
     assert "only sizes the prefork pool" not in node.log()
 
 
