@@ -18,8 +18,8 @@ logger = logging.getLogger("mpworker.broker")
 
 #: Seconds from one attempt to connect to the next, at least: a broker may take the connection and refuse all else.
 _INTERVAL = 1.0
-#: Seconds after which this process has surely been sent what had started when its broker was lost.
-_ON_ITS_WAY = 0.005
+#: Seconds after which this process has been sent, by all odds, what had started when its broker was lost.
+_ON_ITS_WAY = 0.02
 
 
 def make_closable(app: Celery) -> None:

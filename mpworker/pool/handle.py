@@ -223,11 +223,17 @@ class Handle:
     def _let_go(self) -> None:
         """All is over: what had been kept for another dispatcher is needed no more."""
         self._heirlooms.close()
+        self._close_pages()
         with self._mutex:
             self._sent.clear()
             self._hooked.clear()
             self._loose.clear()
             self._outbox = Outbox()
+
+    def _close_pages(self) -> None:
+        pages, self._pages = self._pages, {}  # at once: another thread may be at it
+        for page in list(pages.values()):
+            page.close()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -521,9 +527,7 @@ class Handle:
         if not self.finished:
             yield from self._read_pages()
             yield from self._bury_started()
-        for page in self._pages.values():
-            page.close()
-        self._pages.clear()
+        self._close_pages()
         self._listed.clear()
         self.workers = []
         if self.finished:
