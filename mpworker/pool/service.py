@@ -58,12 +58,13 @@ class Service:
         self._is_ready = self._renews = False
         self._reader = FrameReader("the service")
         self._began, self._pause = 0.0, _PAUSE
-        #: when :meth:`tick` is due, by ``time.monotonic()``
-        self.deadline = inf
+        #: when :meth:`tick` is due, by ``time.monotonic()``; and the same once the one before has been reaped, whose
+        #: number among the workers' it has
+        self.deadline = self._next = inf
 
     def begin(self) -> None:
         """A worker is ready: now it is its turn."""
-        if self._crew is None and self.deadline == inf:
+        if self._crew is None and self.deadline == self._next == inf:
             self.deadline = time.monotonic()
 
     def tick(self, now: float) -> None:
@@ -98,6 +99,8 @@ class Service:
         """Its number is nobody's now; the end of its line says the rest."""
         if self._crew is not None:
             self._crew.pid = 0
+        elif self._next < inf:
+            self.deadline, self._next = self._next, inf
 
     def _read(self) -> None:
         """Hears its pid, that it has begun, and later its end."""
@@ -123,6 +126,8 @@ class Service:
         self._fleet.forget(SERVICE)
         self._crew = None
         self._again("has ended")
+        if crew.pid:
+            self.deadline, self._next = inf, self.deadline
 
     def _again(self, why: str) -> None:
         now = time.monotonic()
