@@ -102,7 +102,7 @@ class Job:
         self.pool, self.callbacks, self.name, self.task_id = pool, callbacks, name, task_id
         self.id = pool.handle.next_id()
         self.pid = 0
-        #: soft and hard, in seconds, as they were given: whoever is told of 1 is not to read 1.0
+        #: soft and hard, in seconds, as they were given
         self.limits: tuple[float, float] = 0, 0
         #: what it had said when it ended
         self.log = b""
@@ -521,7 +521,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif kind is Kind.HOOK_QUEUED:
             self._hooks.queued(job.id, job.name, job.task_id)
         elif kind is Kind.SOFT:
-            self._call(job, "timeout_callback", soft=True, timeout=job.limits[0] or frame.a)
+            self._call(job, "timeout_callback", soft=True, timeout=_as_given(frame.a, job.limits[0]))
         elif kind is Kind.PROGRESS:
             progress.send_event(job.callbacks.get("accept_callback"), frame)
         elif kind is Kind.DONE:
@@ -538,7 +538,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         job.log = frame.extra
         if state is JobState.TIMED_OUT:
             # timeout_callback does all of it; calling error_callback too would do it twice.
-            self._end(job, "timeout_callback", soft=False, timeout=job.limits[1] or facts["limit"])
+            self._end(job, "timeout_callback", soft=False, timeout=_as_given(facts["limit"], job.limits[1]))
         elif state is JobState.CANCELLED and "signal" not in facts:
             self._end(job, "taken_back")  # no callback has that name: its message is the broker's again
         elif state is JobState.CANCELLED:
@@ -737,6 +737,11 @@ def _left(exc: BaseException) -> BaseException:
         f"Worker exited prematurely: {human_status(code) if isinstance(code, int) else code}."
     )
     return lost
+
+
+def _as_given(limit: float, given: float) -> float:
+    """The same number of seconds: ``1`` where 1 was given, and not ``1.0``."""
+    return given if given == limit else limit
 
 
 def _obituary(lost: Any) -> str:

@@ -17,6 +17,7 @@ from billiard.exceptions import WorkerLostError
 from integration.node import HOME, PATIENCE, Node, Notes, Server, ask, client_of, eventually
 
 from mpworker.results.query import ResultStore
+from mpworker.results.record import Record
 
 CONFIG = {"include": ["shop.tasks", "shop.hooks", "shop.signals", "shop.poison"]}
 
@@ -33,6 +34,11 @@ class Shop:
 
     def runs(self, name: str) -> int:
         return len(self.notes.read("poison", name=name))
+
+    def failures(self, task_id: str) -> list[Record]:
+        """Of a task, in the journals of all nodes."""
+        failed = (record for node in self.nodes for record in ResultStore(node.journal).get_results_by_status("failed"))
+        return [record for record in failed if record.task_id == task_id]
 
     def heal(self, name: str) -> None:
         (self.notes.path.parent / f"antidote-{name}").touch()
@@ -84,13 +90,7 @@ def test_a_poison_message_runs_three_times_on_all_nodes_together(shop: Shop) -> 
     assert [note["type"] for note in shop.notes.wait("errback")] == ["PoisonMessage"]
     assert shop.runs("thrice") == 3
     eventually(lambda: shop.broker.client().hlen("unacked") == 0)
-    records = [
-        record
-        for node in shop.nodes
-        for record in ResultStore(node.journal).get_results_by_status("failed")
-        if record.task_id == result.id
-    ]
-    assert [record.dead for record in records] == [True]
+    assert [record.dead for record in shop.failures(result.id)] == [True]
 
     code, out, err = shop.told("results", "--dead", "--json")
     assert (code, err) == (0, "")
@@ -132,13 +132,7 @@ def test_a_task_that_has_had_its_retries_fails_as_with_any_pool_and_is_kept(shop
     assert shop.runs("twice more") == 3
     code, out, _ = shop.told("results", "--dead", "--json")
     assert (code, [json.loads(line)["deaths"] for line in out.splitlines() if result.id in line]) == (0, [3])
-    records = [
-        record
-        for node in shop.nodes
-        for record in ResultStore(node.journal).get_results_by_status("failed")
-        if record.task_id == result.id
-    ]
-    assert [record.dead for record in records] == [True]
+    assert [record.dead for record in shop.failures(result.id)] == [True]
 
 
 def test_a_task_that_always_exits_is_poison_too(shop: Shop) -> None:
