@@ -233,9 +233,10 @@ def test_a_dispatcher_that_dies_costs_only_what_ran(tmp_path: Path) -> None:
         assert pool.submit(support.give, 1).result(PATIENCE) == 1
         before = descriptors(os.getpid())
         for turn in range(2):
-            here, go = Signpost(tmp_path / f"here{turn}"), Signpost(tmp_path / f"go{turn}")
-            blocked = [pool.submit(hold, VALUES["bytes"], here, go) for _ in range(2)]
-            here.wait()
+            go, here = Signpost(tmp_path / f"go{turn}"), [Signpost(tmp_path / f"here{turn}-{n}") for n in range(2)]
+            blocked = [pool.submit(hold, VALUES["bytes"], each, go) for each in here]
+            for each in here:
+                each.wait()
             queued = [pool.submit(flip, VALUES["bytes"]) for _ in range(8)]
             first = dispatcher(pool)
             os.kill(first, signal.SIGKILL)
@@ -247,7 +248,7 @@ def test_a_dispatcher_that_dies_costs_only_what_ran(tmp_path: Path) -> None:
                     assert future.result(PATIENCE) == 3 * MB
             del future, queued, blocked
             nothing_stays(pool)
-        wait_until(lambda: descriptors(os.getpid()) == before, what=f"{before} descriptors again")
+        wait_until(lambda: descriptors(os.getpid()) <= before, what=f"no more than {before} descriptors")
 
 
 def test_a_dispatcher_may_die_at_any_instant() -> None:
