@@ -35,6 +35,7 @@ from redis import exceptions as redis_errors
 from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
+from mpworker.celery.line import Line
 from mpworker.celery.scripts import HISTORY_REFUSED, SKEW, STORE, WRONG_TYPE, refuses_scripts
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
 from mpworker.results.bell import ONLY_IN_REDIS, Bell
@@ -186,6 +187,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         self._redis_warnings, self._journal_warnings, self._chord_warnings = _Warnings(), _Warnings(), _Warnings()
         self._left_alone_until = 0.0
         self._unshipped = 0
+        self._prepared: list[Line] = []
         #: one script decides; False where payloads are no JSON or the server refuses scripts
         self.scripted = self.content_type == "application/json" and not getattr(self, "compression", None)
 
@@ -478,6 +480,23 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     @cached_property
     def _store_script(self) -> Any:
         return self.quick_client.register_script(STORE)
+
+    def prepare_line(self) -> None:
+        """For processes that are forked after that: what each makes for itself takes a megabyte of its own."""
+        self._prepared = [Line(self)]
+
+    def line(self, patience: float) -> Line:
+        """A connection to Redis, not made yet.
+
+        Args:
+            patience: seconds that each step of an exchange may take.
+        """
+        try:
+            line = self._prepared.pop()
+        except IndexError:
+            line = Line(self)
+        line.hasten(patience)
+        return line
 
     def _put(self, record: Record, told: float | None = None) -> bytes:
         """Writes to Redis and publishes, unless a SUCCESS is there; returns the digit for the journal.

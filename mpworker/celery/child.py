@@ -136,7 +136,9 @@ def _import_clients(app: Celery) -> None:
     """The modules for results and broker, once for all workers: imported by each, they cost 0.2 s and 20 MB apiece."""
     import_module("encodings.idna")  # needed for each name of a host
     with suppress(Exception):  # what is wrong with a URL has been said in the main process
-        backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        cls, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+        if hasattr(cls, "prepare_line"):
+            app.backend.prepare_line()
     with suppress(Exception):
         app.connection_for_write().get_transport_cls()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -129,17 +129,22 @@ def quick_client(backend: Any, patience: float) -> Any:
         backend: Celery's, or one derived from it.
         patience: seconds that one exchange may take.
     """
+    return backend._create_client(**impatient(backend.connparams, patience))
+
+
+def impatient(params: Mapping[str, Any], patience: float) -> dict[str, Any]:
+    """Parameters of a connection to Redis that gives up after so many seconds."""
     from redis import exceptions, retry  # not needed by nodes without Redis
     from redis.backoff import NoBackoff
 
-    params = dict(backend.connparams)
+    params = {**params}
     params.pop("max_connections", None)  # meant for Celery's own client
     for name in ("socket_timeout", "socket_connect_timeout"):
         if name in params:
             params[name] = min(params[name] or patience, patience)
     # One immediate retry mends a connection that a restarted server has closed; a timeout is not tried again.
     params.update(retry_on_timeout=False, retry=retry.Retry(NoBackoff(), 1, (exceptions.ConnectionError,)))
-    return backend._create_client(**params)
+    return params
 
 
 class _Closable:

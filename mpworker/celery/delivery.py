@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,13 @@ from redis import exceptions as redis_errors
 
 from mpworker.celery import progress
 from mpworker.celery.backend import ResultBackend
-from mpworker.celery.connection import quick_client
+from mpworker.celery.line import LONGEST
 from mpworker.celery.scripts import DELIVER, HISTORY_REFUSED, refuses_scripts
 from mpworker.results.record import SHIPPED, SUPERSEDED, TERMINAL, Record, describe
 from mpworker.results.shipper import Pass, Shipper, Witness
 
 logger = logging.getLogger("mpworker.results")
 
-#: Seconds that one exchange may take: nobody waits for it, and a large result takes its time.
-_PATIENCE = 60.0
 _DIGITS = {1: SHIPPED, 2: SHIPPED, HISTORY_REFUSED: SHIPPED, 0: SUPERSEDED}
 #: Seconds after which a start, which says nothing of its time in Redis, is no news where something else is known.
 _LATE = 2.0
@@ -40,15 +39,14 @@ class Delivery:
 
     def __init__(self, backend: ResultBackend) -> None:
         self._backend = backend
-        self._client = quick_client(backend, _PATIENCE).client()  # with one connection, which is kept
-        self._script = self._client.register_script(DELIVER)
+        self._line = backend.line(LONGEST)
         #: the run of the server that all goes to; empty: not known
         self.server = ""
         #: when it is looked once more whether all has gone there, by ``time.monotonic()``
         self.recheck_at = 0.0
         #: who is at the other end now has yet to be asked
         self.is_doubtful = True
-        self._client.connection.register_connect_callback(self._on_connect)
+        self._line.on_connect(self._on_connect)
 
     def __call__(self, records: Sequence[Record]) -> list[bytes]:
         """See :data:`mpworker.results.shipper.Deliver`.
@@ -56,7 +54,6 @@ class Delivery:
         Raises:
             redis.exceptions.RedisError: Redis is away or refuses; some of them may have been stored.
         """
-        self._connect()
         results = [record for record in records if not record.chord and _is_sendable(record)]
         digits = iter(self._results(results))
         return [self._own(self._part, record) if record.chord else self._next(digits, record) for record in records]
@@ -94,16 +91,7 @@ class Delivery:
         return told
 
     def _run(self, calls: Sequence[tuple[list[Any], list[Any]]]) -> list[Any]:
-        """Runs the script for each of these keys and arguments, straight over the connection: the layers above it take
-        longer than all the rest. They are taken when something is wrong with the one or the other."""
-        connection = self._client.connection
-        try:
-            connection.send_packed_command([_packed(self._script.sha, *call) for call in calls])
-            replies = [_reply(connection) for _ in calls]
-        except redis_errors.ConnectionError:
-            replies = [redis_errors.NoScriptError()]
-        if any(isinstance(reply, redis_errors.NoScriptError) for reply in replies):
-            return [self._script(keys=keys, args=args) for keys, args in calls]
+        replies = self._line.run(DELIVER, calls)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
@@ -125,7 +113,7 @@ class Delivery:
 
     def _plainly(self, record: Record) -> bytes:
         """In three steps, for payloads that are no JSON and servers that refuse scripts."""
-        old = self._client.get(record.key)
+        old = self._line.call("GET", record.key)
         if old and old not in (record.payload, str(record.payload).encode()):
             meta = self._backend.decode_known(old)
             status = meta.get("status")
@@ -136,10 +124,9 @@ class Delivery:
             newer = ended or (isinstance(told, int | float) and told >= record.when)
             if record.status != states.SUCCESS and (newer or (status and _is_late_start(record))):
                 return SHIPPED
-        with self._client.pipeline() as pipe:
-            pipe.set(record.key, record.payload, px=_to_live(record) or None)
-            pipe.publish(record.key, record.payload)
-            pipe.execute()
+        live = ("PX", left) if (left := _to_live(record)) else ()
+        self._line.call("SET", record.key, record.payload, *live)
+        self._line.call("PUBLISH", record.key, record.payload)
         return SHIPPED
 
     def _part(self, record: Record) -> bytes:
@@ -153,10 +140,6 @@ class Delivery:
 
     # -- whether Redis still has what it was brought -------------------------------------------------------------
 
-    def _connect(self) -> None:
-        """If need be. Left to itself a connection that is lost goes to where it was, and never asks Sentinel again."""
-        self._client.connection.connect()
-
     def _on_connect(self, _: Any) -> None:
         self.is_doubtful = True
 
@@ -164,16 +147,15 @@ class Delivery:
         """Which run of which server this is; empty where it does not say."""
         self.is_doubtful = False
         try:
-            return str(self._client.info("server").get("run_id", ""))
+            told = re.search(r"^run_id:(\w+)", _text(self._line.call("INFO", "server")), re.MULTILINE)
         except redis_errors.ResponseError:
             return ""
+        return told[1] if told else ""
 
     def ask_token(self, folder: str) -> str | None:
         """The last one that it was given for that folder; empty: none. ``None``: it does not say."""
-        self._connect()
         try:
-            token = self._client.get(self._mark(folder)) or b""
-            return token if isinstance(token, str) else token.decode("ascii", "replace")
+            return _text(self._line.call("GET", self._mark(folder)) or b"")
         except redis_errors.NoPermissionError:
             return None
 
@@ -181,7 +163,7 @@ class Delivery:
         """Has Redis note that it has been brought something from that folder; after that."""
         token = secrets.token_hex(8)
         try:
-            self._client.set(self._mark(folder), token)
+            self._line.call("SET", self._mark(folder), token)
         except redis_errors.NoPermissionError:
             token = ""
         return Witness(self.server, token)
@@ -189,6 +171,10 @@ class Delivery:
     def _mark(self, folder: str) -> Any:
         """A key that is there for as long as Redis forgets nothing, named as groups are: others may be forbidden."""
         return self._backend.get_key_for_group(f"mpworker-journal-{folder}")
+
+
+def _text(reply: bytes | str) -> str:
+    return reply if isinstance(reply, str) else reply.decode("ascii", "replace")
 
 
 def _is_sendable(record: Record) -> bool:
@@ -210,22 +196,6 @@ def _is_before(done: Any, record: Record) -> bool:
     # A retry that was said only after its task had failed is none that came after that.
     margin = 1.0 if record.status == states.RETRY else 0.0
     return moment.tzinfo is not None and moment.timestamp() + margin < record.when
-
-
-def _packed(sha: str, keys: Sequence[Any], args: Sequence[Any]) -> bytes:
-    """The command as it is sent."""
-    words = [b"EVALSHA", sha, len(keys), *keys, *args]
-    encoded = [word if type(word) is bytes else str(word).encode() for word in words]
-    return b"*%d\r\n" % len(encoded) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded])
-
-
-def _reply(connection: Any) -> Any:
-    try:
-        return connection.read_response()
-    except redis_errors.ConnectionError:
-        raise
-    except redis_errors.ResponseError as exc:  # the replies to the other calls are still to come
-        return exc
 
 
 def _rule_of(record: Record) -> tuple[int, str, str]:
