@@ -5,8 +5,9 @@ and how long a task may be held up by a Redis that does not answer. Groups, chor
 unchanged. Never retries later: that is the shipper's.
 
 Where the node has a shipper that listens, Redis is left to it, but for what somebody in the cluster goes on with as
-soon as the task has ended (groups, chords, chains, links); else each process writes what it has journaled itself. What
-is still on its way, the node's own processes read from the journal.
+soon as the task has ended (groups, chords, chains, links), and for the end of a task that is its node's only one, which
+is there sooner if nobody has to be woken for it; else each process writes what it has journaled itself. What is still
+on its way, the node's own processes read from the journal.
 
 A process writes a journal when its node has called :func:`enable_journal`, or, elsewhere, when ``mpworker_journal`` or
 ``MPWORKER_JOURNAL`` names a folder. Without one this is Celery's backend and nothing else.
@@ -35,9 +36,10 @@ from redis import exceptions as redis_errors
 from mpworker.celery import progress, task_log
 from mpworker.celery.app import settings_of
 from mpworker.celery.connection import quick_client as make_quick_client
-from mpworker.celery.line import Line
+from mpworker.celery.line import Express, Line
 from mpworker.celery.scripts import HISTORY_REFUSED, SKEW, STORE, WRONG_TYPE, refuses_scripts
 from mpworker.errors import ConfigurationError, PoisonMessage, StoreError
+from mpworker.pool.worker import task_worker
 from mpworker.results.bell import ONLY_IN_REDIS, Bell
 from mpworker.results.journal import Journal, Place
 from mpworker.results.record import (
@@ -47,6 +49,7 @@ from mpworker.results.record import (
     Record,
     describe,
     displaces,
+    is_alone,
     queueing_of,
     runtime_of,
     store_name,
@@ -63,6 +66,10 @@ REDIS_TIMEOUT = 3.0
 _SLOW, _PAUSE_FACTOR, _PAUSE_MAX = 0.5, 5.0, 15.0
 #: The same after a success that took so many seconds.
 _TOO_SLOW = 0.9
+#: Bytes up to which a result that a process brings itself is no burden.
+_SMALL = 1 << 16
+#: What the storing script replies when it is settled; anything else is the shipper's to find out.
+_TAKEN = {1: SHIPPED, HISTORY_REFUSED: SHIPPED, 0: SUPERSEDED}
 #: Seconds that one who forgets a result waits for the delivery that it may be in.
 _FORGET_PATIENCE = 1.0
 #: Seconds between two warnings of one kind from one process.
@@ -263,7 +270,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             raise BackendStoreError("value too large for Redis backend", state=state, task_id=task_id)
         bell = _bell if journal is _node_journal and not _is_awaited(request) else None
         left = bell is not None and bell.has_listener()
-        record = self._record(meta, result, payload, request, journal.node, now, in_hand=not left)
+        quick = left and state in states.READY_STATES and self._goes_by_itself(meta["task_id"], payload)
+        record = self._record(meta, result, payload, request, journal.node, now, in_hand=quick or not left)
         try:
             place = journal.append(record)
         except StoreError as exc:
@@ -271,6 +279,8 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             if _bell is not None:
                 _bell.count(ONLY_IN_REDIS)
             return super().store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)
+        if quick and self._ship_quickly(journal, place, record):
+            return encoded
         if not (left and bell is not None and journal.holds(place) and bell.ring()):
             self._ship(journal, place, record)
         return encoded
@@ -444,6 +454,28 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
             in_hand=in_hand,
         )
 
+    def _goes_by_itself(self, task_id: str, payload: str | bytes) -> bool:
+        """Whether it is in Redis sooner if this process brings it there, and nothing else waits meanwhile."""
+        small = self.scripted and len(payload) < _SMALL
+        return small and is_alone(task_id) and task_worker() is not None and self._express.is_open()
+
+    def _ship_quickly(self, journal: Journal, place: Place, record: Record) -> bool:
+        """``False``: it is the shipper's. Whatever is wrong, its task has ended as it has."""
+        worker = task_worker()
+        assert worker is not None
+        with worker.uninterrupted():
+            keys, args = self.arguments([record], lambda _: (1000 * (record.expires or 0), "", SKEW))
+            try:
+                (reply,) = self._express.run(keys, args)
+            except redis_errors.NoPermissionError as exc:
+                self.give_up_history(exc)
+                reply = None
+            except Exception:
+                reply = None
+            digit = _TAKEN.get(reply, UNSHIPPED)
+            journal.mark(place, digit)
+        return digit != UNSHIPPED
+
     def _ship(self, journal: Journal, place: Place, record: Record) -> None:
         begun = time.monotonic()
         if begun < self._left_alone_until:
@@ -480,6 +512,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
     @cached_property
     def _store_script(self) -> Any:
         return self.quick_client.register_script(STORE)
+
+    @cached_property
+    def _express(self) -> Express:
+        return Express(self, STORE)
 
     def prepare_line(self) -> None:
         """For processes that are forked after that: what each makes for itself takes a megabyte of its own."""

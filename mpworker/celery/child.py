@@ -318,15 +318,19 @@ class _TaskFormatter(ColorFormatter):  # type: ignore[misc]
 # -- one task ----------------------------------------------------------------------------------------------------------
 
 
-def run(target: Callable[..., Any], *args: Any) -> Any:
-    """Runs Celery's trace function for one message; ``args`` are the task's name, its id, and what else Celery gave."""
+def run(target: Callable[..., Any], *args: Any, alone: bool = False) -> Any:
+    """Runs Celery's trace function for one message; ``args`` are the task's name, its id, and what else Celery gave.
+
+    Args:
+        alone: the node has nothing else to do.
+    """
     task_id = args[1] if len(args) > 1 else None
     if task_id is None:
         return target(*args)
     hooks.follow(task_id)
     progress.follow(*args[:3])
     task_log.follow(task_id)
-    task_begins(task_id, queued=waited(args[2]))
+    task_begins(task_id, queued=waited(args[2]), alone=alone)
     try:
         return target(*args)
     except BaseException as exc:

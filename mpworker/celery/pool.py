@@ -413,7 +413,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.taken += 1
         self._hooks.begins(task_id)
         try:
-            body = pack_call(child.run, (target, *_sendable(args)), {}) if task_id else pack_call(target, args, kwargs)
+            if task_id:
+                company = {"alone": True} if len(worker_state.reserved_requests) < 2 else {}
+                body = pack_call(child.run, (target, *_sendable(args)), company)
+            else:
+                body = pack_call(target, args, kwargs)
         except PayloadError as exc:
             self._end(job, "error_callback", _einfo(exc))
             return job

@@ -367,18 +367,20 @@ class _Line(Glance):
 
 _decoder = msgspec.json.Decoder(_Line)
 
-#: The task that this thread runs: its id, when it began by the monotonic clock, and how long it had waited.
-_running: ContextVar[tuple[str, float, float | None] | None] = ContextVar("mpworker_running", default=None)
+#: The task that this thread runs: its id, when it began by the monotonic clock, how long it had waited, and whether it
+#: is its node's only one.
+_running: ContextVar[tuple[str, float, float | None, bool] | None] = ContextVar("mpworker_running", default=None)
 
 
-def task_begins(task_id: str, at: float | None = None, queued: float | None = None) -> None:
+def task_begins(task_id: str, at: float | None = None, queued: float | None = None, alone: bool = False) -> None:
     """Notes that this thread starts a task, so that its record can tell the run time.
 
     Args:
         at: seconds of the monotonic clock; default now.
         queued: seconds that it had waited, if that is known.
+        alone: its node had no other one when it was taken.
     """
-    _running.set((task_id, time.monotonic() if at is None else at, queued))
+    _running.set((task_id, time.monotonic() if at is None else at, queued, alone))
 
 
 def task_ends() -> None:
@@ -396,3 +398,9 @@ def queueing_of(task_id: str) -> float | None:
     """Seconds that a task had waited before it began, if it is the one that this thread runs; else ``None``."""
     running = _running.get()
     return running[2] if running and running[0] == task_id else None
+
+
+def is_alone(task_id: str) -> bool:
+    """Whether this thread runs that task, and its node had no other one when it was taken."""
+    running = _running.get()
+    return running is not None and running[0] == task_id and running[3]

@@ -1,4 +1,7 @@
-"""The node's shipper: results get to Redis, and nobody who runs tasks waits for that, nor minds the shipper's death."""
+"""The node's shipper: results get to Redis, and nobody who runs tasks waits for that, nor minds the shipper's death.
+
+One that is its node's only task is brought there by the process that ran it; all others here have company.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,27 @@ Shop = tuple[Server, Node, Celery]
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    with running(tmp_path_factory.mktemp("shop"), "-c", "2") as (server, node, client):
+    with running(tmp_path_factory.mktemp("shop"), "-c", "3") as (server, node, client):
         shipper_of(node)
         yield server, node, client
+
+
+@contextmanager
+def company(node: Node, client: Celery, name: str) -> Iterator[None]:
+    """Another task runs, which has a name of its own."""
+    other = client.send_task("shop.tasks.hold", args=(name,))
+    node.notes.wait("hold", name=name)
+    try:
+        yield
+    finally:
+        (node.folder / name).touch()
+        assert other.get(timeout=PATIENCE) == name
+
+
+@pytest.fixture
+def in_company(shop: Shop, request: pytest.FixtureRequest) -> Iterator[None]:
+    with company(shop[1], shop[2], request.node.name):
+        yield
 
 
 def send(shop: Shop, name: str, *args: Any, **options: Any) -> Any:
@@ -66,6 +87,7 @@ def ended(node: Node, result: Any) -> None:
     eventually(lambda: lines_of(node, result), what="its record is in the journal")
 
 
+@pytest.mark.usefixtures("in_company")
 def test_a_result_is_the_shippers_from_the_journal_on(shop: Shop) -> None:
     server, node, client = shop
     with stopped(shipper_of(node)):
@@ -81,6 +103,7 @@ def test_a_result_is_the_shippers_from_the_journal_on(shop: Shop) -> None:
     eventually(lambda: [line["shipped"] for line in lines_of(node, result)] == [1])
 
 
+@pytest.mark.usefixtures("in_company")
 def test_what_others_go_on_with_is_in_redis_first(shop: Shop) -> None:
     _, node, client = shop
 
@@ -98,6 +121,7 @@ def test_what_others_go_on_with_is_in_redis_first(shop: Shop) -> None:
         eventually(lambda: [line["shipped"] for line in lines_of(node, linked)] == [1])
 
 
+@pytest.mark.usefixtures("in_company")
 def test_in_the_node_its_own_results_are_known_at_once(shop: Shop) -> None:
     _, node, _ = shop
     with stopped(shipper_of(node)):
@@ -109,6 +133,7 @@ def test_in_the_node_its_own_results_are_known_at_once(shop: Shop) -> None:
         assert known.get(timeout=PATIENCE) == [["SUCCESS", "21"], ["FAILURE", "no"], ["PENDING", "None"]]
 
 
+@pytest.mark.usefixtures("in_company")
 def test_what_is_forgotten_on_its_way_never_arrives(shop: Shop) -> None:
     server, node, _ = shop
     with stopped(shipper_of(node)):
@@ -123,6 +148,7 @@ def test_what_is_forgotten_on_its_way_never_arrives(shop: Shop) -> None:
     assert [line["shipped"] for line in lines_of(node, result)] == [1]
 
 
+@pytest.mark.usefixtures("in_company")
 def test_a_journal_that_is_removed_costs_no_result(shop: Shop) -> None:
     _, node, _ = shop
     assert send(shop, "add", 1, 1).get(timeout=PATIENCE) == 2
@@ -144,6 +170,7 @@ def send_and_wait(shop: Shop) -> Any:
     return result
 
 
+@pytest.mark.usefixtures("in_company")
 def test_its_death_is_nobodys(shop: Shop) -> None:
     _, node, client = shop
     pid = shipper_of(node)
@@ -178,12 +205,56 @@ def test_redis_may_be_away_for_as_long_as_it_likes(shop: Shop) -> None:
             with_results.close()
 
 
+def ends_alone(node: Node, client: Celery, name: str, *args: Any) -> tuple[Any, int]:
+    """Its result, and how that is marked."""
+    eventually(lambda: not ask(client, node, "active"), what="nothing else runs")
+    result = client.send_task(f"shop.tasks.{name}", args=args)
+    ended(node, result)
+    eventually(lambda: not ask(client, node, "active"), what="it has ended")
+    (line,) = lines_of(node, result)
+    return result, line["shipped"]
+
+
+def test_the_nodes_only_task_brings_its_result_itself(shop: Shop) -> None:
+    with running(shop[1].folder / "alone", "-c", "1") as (_, node, client), stopped(shipper_of(node)):
+        eventually(lambda: ends_alone(node, client, "add", 1, 1)[1] == 1, what="the process is connected")
+        for name, arg, state in (("give_back", 1, "SUCCESS"), ("fail", "no", "FAILURE"), ("give_back", 2, "SUCCESS")):
+            result, mark = ends_alone(node, client, name, arg)
+            assert (result.state, mark) == (state, 1)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "full"])
+def test_a_redis_that_takes_nothing_gets_it_later(shop: Shop, how: str) -> None:
+    """That of the results; and no task, nor any line of the log, is about it."""
+    with Server() as results, running(shop[1].folder / how, "-c", "1", env={"SHOP_RESULTS": results.results}) as other:
+        _, node, client = other
+        with stopped(shipper_of(node)):
+            eventually(lambda: ends_alone(node, client, "add", 1, 1)[1] == 1, what="the process is connected")
+        with ExitStack() as trouble:
+            if how == "stopped":
+                trouble.enter_context(stopped(results.pid))
+            elif how == "killed":
+                results.kill()
+                trouble.callback(results.start)
+            else:
+                results.client().config_set("maxmemory", 1)
+                trouble.callback(lambda: results.client().config_set("maxmemory", 0))
+            ends = [ends_alone(node, client, "late_add", n, n) for n in range(3)]
+            assert [mark for _, mark in ends] == [0, 0, 0]
+        eventually(lambda: all(line["shipped"] == 1 for result, _ in ends for line in lines_of(node, result)))
+        states = Celery("watcher", backend=results.results, set_as_current=False)
+        assert [states.AsyncResult(result.id).state for result, _ in ends] == ["SUCCESS"] * 3
+        states.close()
+        assert "marked as not shipped" not in node.log()
+        assert "Traceback" not in node.log()
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_however_processes_start(method: str, tmp_path: Path) -> None:
-    with running(tmp_path, "-c", "1", config={"mpworker_start_method": method}) as (_, node, client):
+    with running(tmp_path, "-c", "2", config={"mpworker_start_method": method}) as (_, node, client):
         pid = shipper_of(node)
-        for _ in range(2):
-            with stopped(shipper_of(node)):
+        for turn in range(2):
+            with company(node, client, f"gate{turn}"), stopped(shipper_of(node)):
                 result = client.send_task("shop.tasks.add", args=(1, 1))
                 ended(node, result)
                 assert result.state == "PENDING"

@@ -22,6 +22,7 @@ from mpworker.results.record import (
     canonical,
     describe,
     displaces,
+    is_alone,
     runtime_of,
     task_begins,
     task_ends,
@@ -182,8 +183,17 @@ def test_the_runtime_is_known_only_for_the_task_that_runs(monkeypatch: pytest.Mo
     task_begins("a", at=10.0)
     assert runtime_of("a") == 2.5
     assert runtime_of("b") is None
+    assert not is_alone("a")
     task_ends()
     assert runtime_of("a") is None
+
+
+def test_a_task_may_be_its_nodes_only_one() -> None:
+    task_begins("a", alone=True)
+    assert is_alone("a")
+    assert not is_alone("b")
+    task_ends()
+    assert not is_alone("a")
 
 
 def test_a_dead_message_is_marked_and_lines_of_others_and_of_older_versions_read_as_before() -> None:
