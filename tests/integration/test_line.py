@@ -104,6 +104,12 @@ def test_what_interrupts_an_exchange_leaves_no_reply_for_the_next_one(
     assert line.call("INCR", "other") == 1
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is closed for a while stays closed for as long as a test takes."""
+    monkeypatch.setattr(module, "_PAUSE", 600.0)
+
+
 def express_of(backend: ResultBackend) -> Express:
     """One that is connected."""
     express = Express(backend, _SCRIPT)
