@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Target(NamedTuple):
 #: By the figure's name.
 TARGETS = {
     "start, s": Target("from the command to ready", 1.0),
-    "round trip p50, ms": Target("one task at a time, from delay() to get()", 1.0),
+    "round trip p50, ms": Target("one task at a time, from delay() to get(); one here, one there", 1.0),
     "round trip p99, ms": Target("the same", 1.0),
     "no-op, tasks/s": Target("what waits in the broker, until the last result is kept", 1.0, at_most=False),
     "1 ms, tasks/s": Target("the same with tasks of 1 ms", 0.0, at_most=False),
@@ -144,6 +144,7 @@ def _running(pool: str, processes: int = PROCESSES, **more: str) -> Iterator[Run
     """A node on a server of its own, and the app as a client of it."""
     with tempfile.TemporaryDirectory() as folder, _server() as server:
         os.environ["BENCH_URL"] = f"redis://127.0.0.1:{server.port}"
+        sys.modules.pop("celery_app", None)  # that of another server
         import celery_app
 
         begun = time.monotonic()
@@ -154,7 +155,6 @@ def _running(pool: str, processes: int = PROCESSES, **more: str) -> Iterator[Run
         finally:
             node.end()
             celery_app.app.close()
-            del sys.modules["celery_app"]  # the next server is another one
 
 
 class Running(NamedTuple):
@@ -191,12 +191,6 @@ def measure(pool: str, counts: dict[str, int]) -> dict[str, float]:
         found["start, s"] = running.start
         for _ in range(20):
             tasks.noop.delay().get(timeout=PATIENCE)
-        trips = []
-        for _ in range(counts["trips"]):
-            sent = time.perf_counter()
-            tasks.noop.delay().get(timeout=PATIENCE)
-            trips.append(1000 * (time.perf_counter() - sent))
-        found["round trip p50, ms"], found["round trip p99, ms"] = median(trips), quantiles(trips, n=100)[98]
         main, everybody = node.process.pid, node.pids()
         before = {pid: node.cpu(pid) for pid in everybody}
         count = counts["no-op"]
@@ -216,6 +210,23 @@ def measure(pool: str, counts: dict[str, int]) -> dict[str, float]:
         running.run(running.tasks.nap, counts["10 ms"], 0.01)
         found[f"node of {MORE} processes, MB"] = running.node.memory()
     return found
+
+
+def make_trips(count: int) -> dict[str, dict[str, float]]:
+    """Both nodes at once, which have nothing else to do: one round trip with the one, one with the other."""
+    trips: dict[str, list[float]] = {pool: [] for pool in POOLS}
+    with ExitStack() as stack:
+        nodes = {pool: stack.enter_context(_running(pool)) for pool in POOLS}
+        for running in nodes.values():
+            for _ in range(20):
+                running.tasks.noop.delay().get(timeout=PATIENCE)
+        while len(trips[POOLS[-1]]) < count:
+            for pool, running in nodes.items():
+                sent = time.perf_counter()
+                running.tasks.noop.delay().get(timeout=PATIENCE)
+                trips[pool].append(1000 * (time.perf_counter() - sent))
+    names = "round trip p50, ms", "round trip p99, ms"
+    return {pool: dict(zip(names, (median(t), quantiles(t, n=100)[98]), strict=True)) for pool, t in trips.items()}
 
 
 def bare(count: int) -> float:
@@ -273,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_HERE)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    counts = {"trips": 300, "no-op": 4000, "1 ms": 3000, "10 ms": 1000}
+    counts = {"trips": 600, "no-op": 4000, "1 ms": 3000, "10 ms": 1000}
     if options.quick:
         counts = {name: count // 4 for name, count in counts.items()}
     command = " ".join(["python tests/benchmarks/celery_worker.py", *sys.argv[1:]])
@@ -285,6 +296,9 @@ def main() -> None:
         bound.append(bare(200))
         for pool in POOLS if turn % 2 else POOLS[::-1]:
             for name, value in measure(pool, counts).items():
+                figures[pool][name].append(value)
+        for pool, found in make_trips(counts["trips"]).items():
+            for name, value in found.items():
                 figures[pool][name].append(value)
         print(f"round {turn + 1} of {options.rounds} is done", file=sys.stderr, flush=True)
         text = report(figures, bound, turn + 1, command)
