@@ -129,9 +129,5 @@ def redis_server() -> Iterator[support.RedisServer]:
         get_binary_path()
     except Exception as exc:
         support.missing(f"a valkey-server ({exc})")
-    server = support.RedisServer()
-    try:
-        server.start()
+    with support.RedisServer() as server:
         yield server
-    finally:
-        server.end()

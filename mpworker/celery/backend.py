@@ -464,15 +464,15 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]
         worker = task_worker()
         assert worker is not None
         with worker.uninterrupted():
-            keys, args = self.arguments([record], lambda _: (1000 * (record.expires or 0), "", SKEW))
+            digit = UNSHIPPED
             try:
+                keys, args = self.arguments([record], lambda _: (1000 * (record.expires or 0), "", SKEW))
                 (reply,) = self._express.run(keys, args)
+                digit = _TAKEN.get(reply, UNSHIPPED)
             except redis_errors.NoPermissionError as exc:
                 self.give_up_history(exc)
-                reply = None
-            except Exception:
-                reply = None
-            digit = _TAKEN.get(reply, UNSHIPPED)
+            except Exception as exc:  # the shipper will meet it, too, and say so
+                logger.debug("the result of task %s is left to the shipper: %r", record.task_id, exc)
             journal.mark(place, digit)
         return digit != UNSHIPPED
 

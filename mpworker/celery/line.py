@@ -195,8 +195,11 @@ class Express:
     def _connect(self) -> None:
         try:
             line = self._backend.line(QUICK)
-            line.connect()
-            line.call("SCRIPT", "LOAD", self._script)
+            try:
+                line.call("SCRIPT", "LOAD", self._script)
+            except BaseException:
+                line.close()  # it may be connected, and refused the script
+                raise
         except Exception as exc:  # whatever a provider of credentials raises, too
             logger.debug("results are left to the shipper: %r", exc)
             self._close(0.0)

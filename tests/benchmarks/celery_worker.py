@@ -130,19 +130,9 @@ def _parent(path: Path) -> int:
 
 
 @contextmanager
-def _server() -> Iterator[Any]:
-    server = support.RedisServer()
-    server.start()
-    try:
-        yield server
-    finally:
-        server.end()
-
-
-@contextmanager
 def _running(pool: str, processes: int = PROCESSES, **more: str) -> Iterator[Running]:
     """A node on a server of its own, and the app as a client of it."""
-    with tempfile.TemporaryDirectory() as folder, _server() as server:
+    with tempfile.TemporaryDirectory() as folder, support.RedisServer() as server:
         os.environ["BENCH_URL"] = f"redis://127.0.0.1:{server.port}"
         sys.modules.pop("celery_app", None)  # that of another server
         import celery_app

@@ -65,13 +65,6 @@ class Server(support.RedisServer):
     def client(self, **options: Any) -> Any:
         return super().client(decode_responses=True, **options)
 
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
 
 class Notes:
     """The file to which tasks and callbacks write what they saw, one JSON line by one write."""

@@ -4,28 +4,16 @@ import contextlib
 import socket
 from types import SimpleNamespace
 
-import pytest
 from celery import Celery
 from kombu import Consumer, Exchange, Producer, Queue
 from kombu.common import ignore_errors
-from support import RedisServer
 
 from mpworker.celery.connection import Outage, make_closable
 
 
-@pytest.fixture
-def server():
-    server = RedisServer()
-    server.start()
-    try:
-        yield server
-    finally:
-        server.end()
-
-
-def test_what_has_started_is_heard_before_celery_looks_at_what_runs(server):
+def test_what_has_started_is_heard_before_celery_looks_at_what_runs(redis_server):
     """That is, before it cancels what runs, or reduces what it fetches by that."""
-    app = Celery("node", broker=server.url, set_as_current=False)
+    app = Celery("node", broker=redis_server.url, set_as_current=False)
     told = []
     outage = Outage(SimpleNamespace(app=app), lambda: told.append("listened"))
     outage.connect()
@@ -42,8 +30,8 @@ def test_what_has_started_is_heard_before_celery_looks_at_what_runs(server):
     app.close()
 
 
-def test_a_lost_connection_with_unacknowledged_messages_closes(server):
-    app = Celery("node", broker=server.url, set_as_current=False)
+def test_a_lost_connection_with_unacknowledged_messages_closes(redis_server):
+    app = Celery("node", broker=redis_server.url, set_as_current=False)
     make_closable(app)
     make_closable(app)  # of two nodes in one process
     assert len(app.amqp.Connection.__mro__) == 4
@@ -59,7 +47,7 @@ def test_a_lost_connection_with_unacknowledged_messages_closes(server):
         connection.drain_events(timeout=20)
     with contextlib.suppress(socket.timeout):
         connection.drain_events(timeout=0.05)  # leaves a question to the server without an answer
-    server.kill()
+    redis_server.kill()
     with contextlib.suppress(Exception):  # as Celery does
         connection.collect(socket_timeout=1)
     ignore_errors(connection, connection.close)

@@ -22,16 +22,6 @@ from mpworker.celery.line import QUICK, Express, Line
 _SCRIPT = "return {redis.call('INCR', KEYS[1]), ARGV[1]}"
 
 
-@pytest.fixture
-def server() -> Iterator[support.RedisServer]:
-    server = support.RedisServer()
-    server.start()
-    try:
-        yield server
-    finally:
-        server.end()
-
-
 def backend_of(port: int, **conf: Any) -> ResultBackend:
     app = Celery("t", backend=f"mpworker.celery.backend:ResultBackend+redis://127.0.0.1:{port}", set_as_current=False)
     app.conf.update(conf)
@@ -41,8 +31,8 @@ def backend_of(port: int, **conf: Any) -> ResultBackend:
 
 
 @pytest.fixture
-def backend(server: support.RedisServer) -> ResultBackend:
-    return backend_of(server.port)
+def backend(redis_server: support.RedisServer) -> ResultBackend:
+    return backend_of(redis_server.port)
 
 
 @pytest.fixture
@@ -52,8 +42,8 @@ def line(backend: ResultBackend) -> Iterator[Line]:
     line.close()
 
 
-def connections(server: support.RedisServer) -> int:
-    return int(server.client().info("stats")["total_connections_received"])
+def connections(redis_server: support.RedisServer) -> int:
+    return int(redis_server.client().info("stats")["total_connections_received"])
 
 
 def test_commands_and_their_replies_in_order(line: Line) -> None:
@@ -67,13 +57,13 @@ def test_commands_and_their_replies_in_order(line: Line) -> None:
     assert line.call("GET", "n") == b"3"
 
 
-def test_a_script_that_the_server_does_not_know_yet_or_no_more(server: support.RedisServer, line: Line) -> None:
+def test_a_script_that_the_server_does_not_know_yet_or_no_more(redis_server: support.RedisServer, line: Line) -> None:
     assert line.run(_SCRIPT, [(["n"], ["x"]), (["n"], [5])]) == [[1, b"x"], [2, b"5"]]
-    server.client().script_flush()
+    redis_server.client().script_flush()
     assert line.run(_SCRIPT, [(["n"], ["y"])]) == [[3, b"y"]]
 
 
-def test_a_connection_that_was_lost_is_made_anew(server: support.RedisServer, line: Line) -> None:
+def test_a_connection_that_was_lost_is_made_anew(redis_server: support.RedisServer, line: Line) -> None:
     class Watch:
         made = 0
 
@@ -83,7 +73,7 @@ def test_a_connection_that_was_lost_is_made_anew(server: support.RedisServer, li
     watch = Watch()
     line.on_connect(watch.connected)
     assert line.call("INCR", "n") == 1
-    server.client().client_kill_filter(_type="normal", skipme=True)
+    redis_server.client().client_kill_filter(_type="normal", skipme=True)
     assert line.call("INCR", "n") == 2
     assert watch.made == 2
 
@@ -117,12 +107,12 @@ def express_of(backend: ResultBackend) -> Express:
     return express
 
 
-def test_the_quick_way_is_open_once_it_is_connected(server: support.RedisServer, backend: ResultBackend) -> None:
-    express, before = express_of(backend), connections(server)
+def test_the_quick_way_is_open_once_it_is_connected(redis_server: support.RedisServer, backend: ResultBackend) -> None:
+    express, before = express_of(backend), connections(redis_server)
     for turn in range(5):
         assert express.run(["n"], ["x"]) == [turn + 1, b"x"]
         assert express.is_open()
-    assert connections(server) - before == 1  # that of connections()
+    assert connections(redis_server) - before == 1  # that of connections()
 
 
 def closed(express: Express, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +126,10 @@ def closed(express: Express, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_after_a_refusal_it_is_closed_for_a_while(
-    server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch
+    redis_server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     express = express_of(backend)
-    server.client().lpush("n", "no number")
+    redis_server.client().lpush("n", "no number")
     with pytest.raises(redis_errors.ResponseError, match="WRONGTYPE"):
         express.run(["n"], ["x"])
     closed(express, monkeypatch)
@@ -147,9 +137,9 @@ def test_after_a_refusal_it_is_closed_for_a_while(
 
 @pytest.mark.parametrize("how", ["kill", "flush"])
 def test_what_a_server_has_forgotten_is_left_to_others(
-    server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch, how: str
+    redis_server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    express, client = express_of(backend), server.client()
+    express, client = express_of(backend), redis_server.client()
     if how == "kill":
         client.client_kill_filter(_type="normal", skipme=True)
     else:
@@ -161,15 +151,15 @@ def test_what_a_server_has_forgotten_is_left_to_others(
 
 
 def test_a_server_that_stops_is_given_up(
-    server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch
+    redis_server: support.RedisServer, backend: ResultBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     express = express_of(backend)
-    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(redis_server.pid, signal.SIGSTOP)
     try:
         with pytest.raises(redis_errors.TimeoutError):
             express.run(["n"], ["x"])
     finally:
-        os.kill(server.pid, signal.SIGCONT)
+        os.kill(redis_server.pid, signal.SIGCONT)
     closed(express, monkeypatch)
 
 
@@ -204,6 +194,23 @@ def test_whatever_is_wrong_with_a_connection_is_in_nobodys_way(backend: ResultBa
     assert not express.is_open()
 
 
+def test_who_may_run_no_scripts_keeps_no_connection_for_them(
+    redis_server: support.RedisServer, backend: ResultBackend
+) -> None:
+    client = redis_server.client()
+    client.acl_setuser("default", enabled=True, categories=["-@scripting"])
+    made: list[Line] = []
+    line = backend.line
+    backend.line = lambda patience: made.append(line(patience)) or made[-1]  # type: ignore
+    express = Express(backend, _SCRIPT)
+    assert not express.is_open()
+    assert express._connecting is not None
+    express._connecting.join(support.PATIENCE)
+    assert not express.is_open()
+    assert [each.is_made() for each in made] == [False]
+    support.wait_until(lambda: len(client.client_list()) == 1)
+
+
 @pytest.mark.parametrize("other", ["nothing", "a file", "another server"])
 def test_a_descriptor_that_user_code_has_closed_is_not_ours_any_more(
     backend: ResultBackend, monkeypatch: pytest.MonkeyPatch, other: str
@@ -213,9 +220,7 @@ def test_a_descriptor_that_user_code_has_closed_is_not_ours_any_more(
     fd = line._connection._sock.fileno()
     with contextlib.ExitStack() as stack:
         if other == "another server":
-            theirs = support.RedisServer()
-            theirs.start()
-            stack.callback(theirs.end)
+            theirs = stack.enter_context(support.RedisServer())
             number = socket.create_connection(("127.0.0.1", theirs.port)).detach()
         else:
             number = os.open(os.devnull, os.O_RDONLY)
@@ -234,7 +239,7 @@ def test_a_descriptor_that_user_code_has_closed_is_not_ours_any_more(
     closed(express, monkeypatch)
 
 
-def test_what_was_prepared_is_the_forks(server: support.RedisServer, backend: ResultBackend) -> None:
+def test_what_was_prepared_is_the_forks(redis_server: support.RedisServer, backend: ResultBackend) -> None:
     backend.prepare_line()
     (prepared,) = backend._prepared
     pid = os.fork()
@@ -253,9 +258,9 @@ def test_what_was_prepared_is_the_forks(server: support.RedisServer, backend: Re
 
 @pytest.mark.parametrize(("given", "limit"), [(None, QUICK), (120.0, QUICK), (0.1, 0.1)])
 def test_patience_is_the_lesser_of_ours_and_the_users(
-    server: support.RedisServer, given: float | None, limit: float
+    redis_server: support.RedisServer, given: float | None, limit: float
 ) -> None:
-    backend = backend_of(server.port, redis_socket_timeout=given)
+    backend = backend_of(redis_server.port, redis_socket_timeout=given)
     backend.prepare_line()
     for _ in range(2):  # the prepared one, and one that is made then
         assert backend.line(QUICK)._connection.socket_timeout == limit
